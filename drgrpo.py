@@ -1,0 +1,626 @@
+"""Dr. GRPO: R1-Zero-like reinforcement learning of a language model, in one file.
+
+The model is given problems, writes several responses to each, is told which of them are right,
+and is moved towards those. For responses i = 1..G to one problem, with rewards r_i, a step lowers
+
+    loss = 1/(N * L_max) * sum_i sum_t max(-A_i * ratio_it, -A_i * clip(ratio_it, 1-eps, 1+eps))
+    A_i  = r_i - mean(r_1..r_G)             ratio_it = exp(logprob_it - old_logprob_it)
+
+where N counts the responses of the optimizer step and L_max is the longest that one may be. GRPO
+differs in two places, and each of them is a bias (arXiv 2503.20783, section 3):
+
+  1. it divides A_i by the group's standard deviation, so problems that are nearly always or
+     nearly never solved weigh more than the others;
+  2. it divides the sum over t by the response's own length, so a long wrong response is punished
+     less per token than a short one, and wrong responses grow.
+
+Without them the expected gradient is that of the expected reward, times (G-1)/(G * L_max):
+test_drgrpo.py enumerates every group of a tiny policy to see it. What keeps it so, and is tested:
+N * L_max is fixed before micro-batches are formed and counts the responses of all ranks, so that
+nothing which saves memory changes the gradient; EOS is an action like any other; the ids that are
+trained are those that were sampled, under the distribution they were sampled from; and each step
+measures how far the sampler's log-probs are from the trainer's.
+
+    python drgrpo.py toy                               # minutes on two CPU cores
+    torchrun --nproc-per-node 8 drgrpo.py math-7b      # the paper's 7B run on one 8-GPU node
+
+Shapes: P prompts a step, G responses each, N = P*G responses, B rows of T tokens, V vocabulary.
+Not a framework: copy this file and change it.
+"""
+
+import gc
+import importlib.util
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from huggingface_hub import save_torch_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from eval import evaluate, plot_curves, record, start_log, summarize, timed
+from templates import (TEMPLATES, Grader, Problem, derive_seed, load_problems, load_tokenizer,
+                       step_problems)
+
+# ---------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run. The defaults are the paper's; the presets below say what differs."""
+
+    name: str  # the run's folder is runs/NAME
+    model: str  # folder or hub name of the base model
+    dataset: str  # a .jsonl or .parquet file, or a hub dataset
+    subset: str | None = None  # the hub dataset's configuration, where it has several
+    split: str = "train"  # the hub dataset's split
+    problem_column: str = "problem"  # the column with the problem's text
+    answer_column: str = "answer"  # the column with the right answer, or a list of right ones
+    levels: tuple[int, ...] = ()  # keep only rows whose column `level` is one of these; () is all
+    template: str = "qwen_math"  # how a problem becomes a prompt, and where the answer stands
+    eval_dataset: str | None = None  # scored before and after training and every eval_every steps
+    eval_split: str = "test"  # its columns are those of the dataset
+    eval_every: int = 16  # steps
+    seed: int = 0  # of the order of the problems and of every draw
+
+    steps: int = 300  # rounds of sampling and learning
+    prompts_per_step: int = 128  # P, problems of a step over all ranks
+    samples_per_prompt: int = 8  # G, responses to each of them
+    responses_per_update: int = 128  # of one optimizer step; P*G must be a multiple of it
+    max_prompt_tokens: int = 1024  # problems with longer prompts are dropped and counted
+    max_response_tokens: int = 3000  # L_max: a response that reaches it is truncated: reward 0
+    temperature: float = 1.0  # of sampling, and of the log-probs that are trained
+    top_p: float = 1.0  # must be 1: a cut distribution is not the one that is trained
+
+    lr: float = 1e-6  # of AdamW: constant, no warm-up, no weight decay
+    clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps .. 1 + clip_eps
+    max_grad_norm: float = 1.0  # the gradient's global norm is clipped to this
+    tis_cap: float | None = 2.0  # cap of trainer/sampler importance weights; None: no weights
+    divide_by_std: bool = False  # True is GRPO's first bias
+    divide_by_length: bool = False  # True is GRPO's second bias
+    max_gap: float = 0.1  # stop if trainer and sampler log-probs differ by more (nats a token)
+
+    tokens_per_microbatch: int = 16384  # rows times longest row: memory, not the gradient
+    pack: bool = False  # lay a micro-batch out in one row without padding: not the gradient
+    activation_checkpointing: bool = True  # recompute activations: memory, not the gradient
+    gpu_memory: float = 0.5  # share of a GPU's memory that vLLM takes while it is awake
+    grader_workers: int = 2  # processes a rank that compare answers
+    grader_timeout: float = 5.0  # seconds a comparison; then the reward is 0, and it is counted
+    track: Literal["no", "tensorboard", "wandb"] = "no"  # log to a tracker too
+
+    def __post_init__(self):
+        """Refuse what cannot work. Raises ValueError that says what to do instead."""
+        wrong = [f"{key} must be above 0" for key, value in vars(self).items()
+                 if type(value) in (int, float) and key != "seed" and not value > 0]
+        if self.top_p != 1:
+            wrong.append("top_p must be 1: the cut distribution that is sampled would not be the "
+                         "one that is trained; lower the temperature instead")
+        if self.samples_per_prompt < 2:
+            wrong.append("samples_per_prompt must be 2 or more: a group of 1 has no advantage")
+        n = self.prompts_per_step * self.samples_per_prompt
+        if self.responses_per_update > 0 and n % self.responses_per_update:
+            wrong.append(f"responses_per_update {self.responses_per_update} must divide "
+                         f"prompts_per_step * samples_per_prompt = {n}")
+        if self.template not in TEMPLATES:
+            wrong.append(f"template {self.template!r} must be one of {', '.join(TEMPLATES)}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs", self.name)
+
+    @property
+    def denominator(self) -> int:
+        """N * L_max of an optimizer step; N if each response is divided by its own length."""
+        longest = 1 if self.divide_by_length else self.max_response_tokens
+        return self.responses_per_update * longest
+
+
+# ----------------------------------------------------------------------------- the algorithm
+
+LOGITS_AT_ONCE = 2**27  # R * V of a chunk of the head: 0.5 GiB in fp32
+
+def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torch.Tensor:
+    """How much better each response is than its group: (P, G) rewards -> (P, G) advantages.
+
+    A = r - mean(r) (arXiv 2503.20783, section 3.2); a group of equal rewards gets exact zeros.
+    `divide_by_std` gives GRPO's advantage, with the std over G-1 as in the paper's code.
+    """
+    if rewards.dim() != 2:
+        raise ValueError(f"rewards must be (P, G), one row a prompt; got {tuple(rewards.shape)}")
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # Dr. GRPO (1/2): not divided by std
+    if divide_by_std:
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-8)
+    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return torch.where(equal, torch.zeros_like(advantages), advantages)
+
+
+def drgrpo_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor,
+    response_mask: torch.Tensor, denominator: float, clip_eps: float = 0.2,
+    divide_by_length: bool = False, weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped surrogate, summed over tokens and divided by one constant.
+
+    logprobs, old_logprobs, response_mask, weights: (B, T); advantages: (B,). `denominator` is
+    N * L_max of the whole optimizer step (N for `divide_by_length`), never a number taken from
+    this micro-batch: losses of micro-batches then add up to the loss of the step. `weights` are
+    truncated importance weights, constants for the gradient. Returns the scalar loss and sums
+    over this batch's response tokens: tokens, clipped, kl (k3 estimate of KL(old || new)).
+    """
+    if not logprobs.shape == old_logprobs.shape == response_mask.shape:
+        raise ValueError("logprobs, old_logprobs and response_mask must have one shape (B, T)")
+    if advantages.shape != logprobs.shape[:1] or not denominator > 0:
+        raise ValueError("advantages must be (B,), and denominator above 0")
+    mask = response_mask.bool()
+    log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # padding may hold anything
+    ratio = log_ratio.exp()
+    advantage = advantages[:, None]
+    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    token_loss = torch.maximum(plain, clipped)
+    if weights is not None:
+        token_loss = token_loss * weights.detach()
+    response_loss = torch.where(mask, token_loss, 0.0).sum(dim=1)
+    if divide_by_length:
+        response_loss = response_loss / mask.sum(dim=1).clamp(min=1)
+    loss = response_loss.sum() / denominator  # Dr. GRPO (2/2): a constant, not the length
+    return loss, {"tokens": mask.sum(), "clipped": (mask & (clipped > plain)).sum(),
+                  "kl": (ratio - 1 - log_ratio).sum().detach()}
+
+
+def token_logprobs(model: torch.nn.Module, ids: torch.Tensor, response_mask: torch.Tensor,
+                   temperature: float = 1.0, pack: bool = False) -> torch.Tensor:
+    """Log-probs of the response tokens: ids (B, T), response_mask (B, T-1) -> (B, T-1) in fp32.
+
+    Column t belongs to token t+1, given tokens 0..t; it is 0 where response_mask is 0. Rows are
+    padded on the right with anything: attention is causal, so no real token sees the padding.
+    `pack` instead drops the padding and lays all rows out in one, each with positions from 0.
+    """
+    mask, targets = response_mask.bool(), ids[:, 1:]
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    # use_cache=False: with a cache, transformers lets packed sequences attend to each other
+    if pack:
+        column = torch.arange(ids.shape[1], device=ids.device)
+        length = (mask * (column[1:] + 1)).amax(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
+        real = column < length  # (B, T), true up to the last response token
+        positions = column.expand_as(ids)[real]  # (S,), e.g. 0 1 2 3 0 1 2 for lengths 4 and 3
+        hidden = decoder(ids[real][None], position_ids=positions[None], use_cache=False)[0][0]
+        row = real.flatten().cumsum(0).view_as(ids) - 1  # (B, T): where each token went
+        hidden = hidden[row[:, :-1][mask]]
+    else:
+        hidden = decoder(ids, use_cache=False)[0][:, :-1][mask]  # (R, D), R response tokens
+
+    def chunk_logprobs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head(hidden).float() / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    # recomputed in the backward pass, a chunk at a time: (R, V) logits never exist
+    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    chunks = zip(hidden.split(size), targets[mask].split(size), strict=True)
+    values = [checkpoint(chunk_logprobs, h, y, use_reentrant=False) for h, y in chunks]
+    zeros = torch.zeros(targets.shape, dtype=torch.float32, device=ids.device)
+    return zeros.masked_scatter(mask, torch.cat(values))
+
+
+# ---------------------------------------------------------------------------------- rollouts
+
+
+@dataclass
+class Rollout:
+    """One response, and all that learning needs to know of it."""
+
+    problem: int  # index into the problems
+    prompt_ids: list[int]
+    response_ids: list[int]  # as sampled: ends in EOS unless stopped by length or a stop string
+    sampler_logprobs: list[float]  # of the response's tokens, at the sampling temperature
+    text: str = ""
+    finish_reason: str = ""  # "stop", or "length" for a truncated response
+    reward: float = 0.0
+    advantage: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+class Sampler:
+    """vLLM in this process, one engine a rank, on the GPU that the policy trains on.
+
+    `context` is the longest prompt plus response, in tokens. Token ids go in and come out.
+    """
+
+    def __init__(self, model: str, context: int, seed: int = 0, gpu_memory: float = 0.5):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keep the engine in this process
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        self.cuda = torch.cuda.is_available()
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        machine = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+        if self.cuda:
+            machine = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True}
+        self.llm = LLM(
+            model, dtype=self.dtype, max_model_len=context, seed=seed, **machine,
+            distributed_executor_backend="external_launcher",  # a rank is a torchrun process
+            logprobs_mode="processed_logprobs",  # of the distribution at this temperature
+        )
+
+    def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int,
+                 temperature: float, stop: tuple[str, ...]) -> list[list[Rollout]]:
+        """n responses to each problem; a draw depends on its seed and not on its neighbours."""
+        from vllm import SamplingParams, TokensPrompt
+
+        params = [SamplingParams(n=n, seed=seed, temperature=temperature, max_tokens=max_tokens,
+                                 logprobs=0, flat_logprobs=True, stop=list(stop),
+                                 include_stop_str_in_output=True) for seed in seeds]
+        prompts = [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in problems]
+        outputs = self.llm.generate(prompts, params, use_tqdm=False) if prompts else []
+        return [[Rollout(i, problems[i].prompt_ids, list(o.token_ids), list(o.logprobs.logprobs),
+                         o.text, o.finish_reason) for o in output.outputs]
+                for i, output in enumerate(outputs)]
+
+    def sleep(self) -> None:
+        """Hand the GPU's memory to the policy; the engine has no weights until `wake`."""
+        if self.cuda:
+            self.llm.sleep(level=2)
+            torch.cuda.empty_cache()
+
+    def wake(self, model: torch.nn.Module) -> None:
+        """Take the memory back and load the policy's weights: one operation, lest it samples
+        from discarded or old weights."""
+        if self.cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={
+            "weights_iterator": full_weights(model, self.dtype), "is_checkpoint_format": True})
+        if self.cuda:
+            torch.cuda.empty_cache()  # what gathering left behind, before the cache is allocated
+            self.llm.wake_up(tags=["kv_cache"])
+        if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights
+            raise RuntimeError("vLLM kept its prefix cache: a request is still running")
+
+    def close(self) -> None:
+        """End the engine and, with it, the process group."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+def full_weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight by its checkpoint's name, gathered from all ranks, one at a time.
+
+    From state_dict: named_parameters would leave out a head that is tied to the embedding.
+    """
+    for name, weight in model.state_dict().items():
+        weight = weight.detach().to(dtype)  # before gathering: half the traffic
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def sample(sampler: Sampler, problems: list[Problem], config: Config, step: int) -> list[Rollout]:
+    """This rank's share of the step's responses, in the order of the prompts."""
+    chosen = step_problems(len(problems), step, config.prompts_per_step, config.seed)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    places = range(len(chosen) * rank // world, len(chosen) * (rank + 1) // world)
+    groups = sampler.generate(
+        [problems[chosen[i]] for i in places],
+        [derive_seed(config.seed, step, i) for i in places],
+        config.samples_per_prompt, config.max_response_tokens, config.temperature,
+        TEMPLATES[config.template].stop)
+    return [replace(r, problem=chosen[i]) for i, group in zip(places, groups) for r in group]
+
+
+def score(grader: Grader, problems: list[Problem], rollouts: list[Rollout],
+          config: Config) -> list[Rollout]:
+    """Reward this rank's responses; returns all ranks' responses, with advantages.
+
+    Every rank then knows all N: token ids are small, and updates, metrics and samples come out
+    the same on any number of ranks.
+    """
+    answers = [problems[r.problem].answers for r in rollouts]
+    rewards = grader.grade([r.text for r in rollouts], answers)
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        # a truncated response gets 0 even if it holds the right answer, and stays in the loss
+        rollout.reward = 0.0 if rollout.finish_reason == "length" else reward
+    rollouts = [r for part in all_gather(rollouts) for r in part]
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples_per_prompt)
+    advantages = group_advantages(rewards, config.divide_by_std).flatten().tolist()
+    return [replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
+
+
+# ---------------------------------------------------------------------------------- batches
+
+
+@dataclass
+class MicroBatch:
+    ids: torch.Tensor  # (B, T), padded on the right
+    response_mask: torch.Tensor  # (B, T-1), column t is 1 if token t+1 is of the response
+    sampler_logprobs: torch.Tensor  # (B, T-1), 0 outside the response
+    advantages: torch.Tensor  # (B,)
+    problems: list[int]
+    old_logprobs: torch.Tensor | None = None  # (B, T-1)
+
+
+def collate(rollouts: list[Rollout], device: str | torch.device = "cpu") -> MicroBatch:
+    """Rollouts as the rows of one batch. A prompt [5, 6] with the response [7, 8, 1] becomes
+
+        ids            5 6 7 8 1
+        response_mask    0 1 1 1      from lengths, never by comparing ids with a padding id
+    """
+    ids = torch.zeros(len(rollouts), max(map(len, rollouts)), dtype=torch.long)
+    mask, sampler_logprobs = torch.zeros(2, *ids[:, 1:].shape)
+    for i, r in enumerate(rollouts):
+        response = slice(len(r.prompt_ids) - 1, len(r) - 1)
+        ids[i, : len(r)] = torch.tensor(r.prompt_ids + r.response_ids)
+        mask[i, response] = 1
+        sampler_logprobs[i, response] = torch.tensor(r.sampler_logprobs)
+    tensors = ids, mask, sampler_logprobs, torch.tensor([r.advantage for r in rollouts])
+    return MicroBatch(*(x.to(device) for x in tensors), [r.problem for r in rollouts])
+
+
+def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
+    """Cut rollouts, sorted from long to short, where rows * longest row would pass `budget`."""
+    batches: list[list[Rollout]] = []
+    for rollout in rollouts:
+        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= budget:
+            batches[-1].append(rollout)
+        else:
+            batches.append([rollout])
+    return batches
+
+
+def split_updates(rollouts: list[Rollout], config: Config, step: int, rank: int,
+                  world: int) -> list[list[list[Rollout]]]:
+    """This rank's micro-batches of each of the round's optimizer steps, in a random order.
+
+    Responses of zero advantage have no gradient: left out here, they still count in N. The
+    others are dealt out by length, so that ranks have alike work. A rank with fewer micro-batches
+    gets empty ones, because every rank must take part in every collective operation.
+    """
+    order = np.random.default_rng((config.seed, step, 1)).permutation(len(rollouts))
+    updates = []
+    for chosen in np.split(order, len(order) // config.responses_per_update):
+        rows = sorted((rollouts[i] for i in chosen), key=len, reverse=True)
+        active = [r for r in rows if r.advantage != 0] or rows[-1:]  # one at least: for the gap
+        shares = [micro_batches(active[r::world], config.tokens_per_microbatch)
+                  for r in range(world)]
+        missing = max(map(len, shares)) - len(shares[rank])
+        updates.append(shares[rank] + [[Rollout(-1, [0, 0], [], [])]] * missing)
+    return updates
+
+
+# ---------------------------------------------------------------------------------- learning
+
+
+def make_policy(config: Config, device: torch.device) -> torch.nn.Module:
+    """The model in FSDP2 shards: fp32 master weights, bf16 compute on CUDA, fp32 on a CPU.
+
+    Its forward is `token_logprobs`, which reads the weights of the head: FSDP gathers them
+    around forward only.
+    """
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").train()
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compute = torch.bfloat16 if device.type == "cuda" else None
+    shard = partial(
+        fully_shard, mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32))
+    for layer in model.get_decoder().layers:
+        shard(layer.float())  # one after the other: no rank ever holds the model in fp32
+    shard(model.float())
+    model.forward = partial(token_logprobs, model)
+    return model
+
+
+def backward(forward, batch: MicroBatch, config: Config) -> dict[str, torch.Tensor]:
+    """Add one micro-batch's gradient to the update's. Returns sums over its response tokens."""
+    logprobs = forward(batch.ids, batch.response_mask)
+    old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+    difference = old_logprobs - batch.sampler_logprobs  # both are 0 outside the response
+    cap = float("inf") if config.tis_cap is None else config.tis_cap
+    weights = None if config.tis_cap is None else difference.exp().clamp(max=cap)
+    loss, stats = drgrpo_loss(logprobs, old_logprobs, batch.advantages, batch.response_mask,
+                              config.denominator, config.clip_eps, config.divide_by_length, weights)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"loss {loss.item()} on responses to problems {batch.problems}")
+    # FSDP takes the mean over ranks, but the denominator counts the responses of all of them
+    (loss * dist.get_world_size()).backward()
+    return stats | {"loss": loss.detach(), "gap": difference.abs().sum(),
+                    "tis_capped": (difference.exp() > cap).sum()}
+
+
+def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
+           updates: list[list[MicroBatch]], config: Config) -> dict[str, float]:
+    """Take the round's optimizer steps. Returns metrics over all its response tokens and ranks.
+
+    Before an update is made, raises RuntimeError if the sampler's log-probs are not the trainer's
+    and FloatingPointError if a loss or the gradient is not finite.
+    """
+    forward = partial(model, temperature=config.temperature, pack=config.pack)
+    if len(updates) > 1:  # the old policy is the one before the first of them
+        with torch.no_grad():
+            for batch in (batch for batches in updates for batch in batches):
+                batch.old_logprobs = forward(batch.ids, batch.response_mask)
+    totals = Counter()
+    for batches in updates:
+        sums = Counter()
+        for batch in batches:
+            sums.update(backward(forward, batch, config))  # adds
+        totals.update(all_reduce(sums))
+        gap = totals["gap"] / totals["tokens"]
+        if not gap <= config.max_gap:
+            raise RuntimeError(
+                f"the log-probs of trainer and sampler differ by {gap:.3g} nats a token, above "
+                f"max_gap {config.max_gap:g}: the sampler has other weights than the trainer, or "
+                "another temperature or precision. This update was not made.")
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        norm = norm.full_tensor().item() if isinstance(norm, DTensor) else norm.item()
+        if not np.isfinite(norm):
+            raise FloatingPointError(f"the gradient's norm is {norm}; this update was not made")
+        totals["grad_norm"] += norm
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    tokens = totals.pop("tokens")
+    per_update = {key: totals.pop(key) / len(updates) for key in ("loss", "grad_norm")}
+    return per_update | {key: value / tokens for key, value in totals.items()}
+
+
+def save_checkpoint(model: torch.nn.Module, tokenizer, folder: Path) -> None:
+    """Write a checkpoint that transformers and vLLM load, in the base model's precision."""
+    rank, tied, weights = dist.get_rank(), model.config.tie_word_embeddings, {}
+    for name, weight in full_weights(model, model.config.dtype):  # every rank takes part
+        if rank == 0 and not (tied and name == "lm_head.weight"):
+            weights[name] = weight.to("cpu", copy=True)  # it may be a view of padded shards
+    if rank == 0:
+        folder.mkdir()
+        save_torch_state_dict(weights, folder)
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------- ranks
+
+
+def start_ranks() -> torch.device:
+    """Join the process group that torchrun describes; without torchrun, a group of one."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    for key, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
+        os.environ.setdefault(key, value)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def all_gather(value) -> list:
+    """Every rank's value, in the order of the ranks."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce(values: dict) -> dict[str, float]:
+    """Each value's sum over the ranks."""
+    vector = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+    dist.all_reduce(vector)
+    return dict(zip(values, vector.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------------------------- the loop
+
+
+def prepare(config: Config):
+    """All that can go wrong before a model loads. Returns tokenizer, problems, held-out problems
+    and counts of dropped rows. Raises ValueError that says what to change."""
+    if (config.folder / "metrics.jsonl").exists():
+        raise ValueError(f"{config.folder} holds a run already: remove it, or choose a --name")
+    for package in {"no": (), "wandb": ("tensorboard", "wandb")}.get(config.track, (config.track,)):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--track {config.track} needs `pip install {package}`")
+    tokenizer = load_tokenizer(config.model, config.max_prompt_tokens + config.max_response_tokens)
+    load = partial(load_problems, tokenizer=tokenizer, template=TEMPLATES[config.template],
+                   max_prompt_tokens=config.max_prompt_tokens, subset=config.subset,
+                   problem_column=config.problem_column, answer_column=config.answer_column)
+    problems, dropped = load(config.dataset, split=config.split, levels=config.levels)
+    held_out = load(config.eval_dataset, split=config.eval_split)[0] if config.eval_dataset else []
+    return tokenizer, problems, held_out, dropped
+
+
+def train(config: Config) -> None:
+    """A whole run: sample, score, update, sync, again. Raises ValueError as `prepare` does."""
+    tokenizer, problems, held_out, dropped = prepare(config)
+    device = start_ranks()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    writer = start_log(config, dropped) if rank == 0 else None
+    model = make_policy(config, device)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0)
+    sampler = Sampler(config.model, config.max_prompt_tokens + config.max_response_tokens,
+                      derive_seed(config.seed, rank) % 2**32, config.gpu_memory)
+    grader = Grader(config.template, config.grader_workers, config.grader_timeout)
+    bar = tqdm(range(config.steps + 1), desc=config.name, disable=rank > 0)
+    for step in bar:
+        metrics, rollouts = {"step": step}, []
+        if held_out and (step % config.eval_every == 0 or step == config.steps):
+            with timed(metrics, "eval"):
+                scores = evaluate(sampler, grader, held_out, config.max_response_tokens)
+            metrics |= {f"eval_{key}": value for key, value in scores.items()}
+        if step < config.steps:
+            with timed(metrics, "sample"):
+                rollouts = sample(sampler, problems, config, step)
+                sampler.sleep()
+            with timed(metrics, "score"):
+                rollouts = score(grader, problems, rollouts, config)
+            with timed(metrics, "update"):
+                updates = split_updates(rollouts, config, step, rank, world)
+                batches = [[collate(rows, device) for rows in parts] for parts in updates]
+                metrics |= update(model, optimizer, batches, config)
+            with timed(metrics, "sync"):
+                sampler.wake(model)
+            metrics |= summarize(rollouts, config.samples_per_prompt)
+            metrics |= all_reduce({"timeouts": grader.timeouts, "errors": grader.errors})
+        if rank == 0:
+            record(config, metrics, problems, rollouts, writer)
+            shown = {key: metrics.get(key) for key in ("reward", "length", "gap", "eval_accuracy")}
+            bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None})
+    save_checkpoint(model, tokenizer, config.folder / "model")
+    grader.close()
+    sampler.close()
+    if rank == 0:
+        plot_curves(config.folder)
+
+
+# ------------------------------------------------------------------------------- the command
+
+TOY = "runs/toy-base"
+MATH = "nlile/hendrycks-MATH-benchmark"
+PRESETS = {
+    "toy": ("a 0.2M-parameter model learns arithmetic: minutes on two CPU cores", Config(
+        name="toy", model=f"{TOY}/model", dataset=f"{TOY}/train.jsonl", template="none",
+        eval_dataset=f"{TOY}/test.jsonl", eval_every=10, steps=40, prompts_per_step=32,
+        responses_per_update=64, max_prompt_tokens=64, max_response_tokens=72, lr=3e-4,
+        max_gap=1e-3, activation_checkpointing=False)),
+    "gsm8k-0.5b": ("Qwen2.5-0.5B on GSM8K, on one 24 GB GPU", Config(
+        name="gsm8k-0.5b", model="Qwen/Qwen2.5-0.5B", dataset="openai/gsm8k", subset="main",
+        problem_column="question", eval_dataset="openai/gsm8k", steps=200, prompts_per_step=32,
+        max_prompt_tokens=512, max_response_tokens=512, gpu_memory=0.4)),
+    "math-1.5b": ("Qwen2.5-Math-1.5B on MATH, the paper's settings", Config(
+        name="math-1.5b", model="Qwen/Qwen2.5-Math-1.5B", dataset=MATH, eval_dataset=MATH)),
+    "math-7b": ("Qwen2.5-Math-7B on MATH levels 3-5: the paper's recipe, for 8 GPUs", Config(
+        name="math-7b", model="Qwen/Qwen2.5-Math-7B", dataset=MATH, levels=(3, 4, 5),
+        eval_dataset=MATH)),
+    "llama-3b-r1": ("Llama-3.2-3B-NuminaQA on MATH with the R1 template, as in the paper", Config(
+        name="llama-3b-r1", model="lkevinzc/Llama-3.2-3B-NuminaQA", dataset=MATH, template="r1",
+        eval_dataset=MATH)),
+}
+
+
+def main() -> None:
+    try:
+        config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
+        if config.model.startswith(TOY):
+            from toy import make_toy
+
+            make_toy(TOY)
+        prepare(config)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    train(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,368 @@
+"""Prompt templates and the reward: how a problem is asked and how a response is graded.
+
+The reward is 1.0 if the answer extracted from a response equals a gold answer, else 0.0. Equality
+is decided by math-verify, that is by sympy running on text a language model wrote: it may compute
+for ever or fill the memory, and no code inside the same process can reliably stop it. So `Grader`
+finds the answers itself, by plain string search, and compares them in workers that it can kill. A
+comparison lost that way scores 0 and is counted.
+"""
+
+import multiprocessing
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from math_verify import LatexExtractionConfig, parse, verify
+from math_verify.errors import TimeoutException
+from pebble import ProcessExpired, ProcessPool
+from pebble.common import CONSTS
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last `\boxed{...}` holds; None without a box. If the last one is unclosed, an
+    earlier one does not count. In `\boxed{\boxed{2}}` the last is the inner one."""
+    start = text.rfind("\\boxed")  # -1 if there is none: then the next test is false as well
+    if not text.startswith("\\boxed{", start):
+        return None
+    begin, depth = start + len("\\boxed{"), 1
+    for end in range(begin, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
+        if depth == 0:
+            return text[begin:end]
+    return None
+
+
+def answer_in_tags(text: str) -> str | None:
+    """The text after the last `<answer>`, or what its box holds. The format is strict: without
+    `</answer>`, or with anything but one space in `</think> <answer>`, the result is None."""
+    if "</think> <answer>" not in text or "</answer>" not in text:
+        return None
+    answer = text.rpartition("<answer>")[2].replace("</answer>", "")
+    return last_boxed(answer) if "\\boxed" in answer else answer.strip()
+
+
+def qwen_math_prompt(problem: str) -> str:
+    """The chat format of Qwen2.5-Math."""
+    return (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<|im_end|>\n<|im_start|>user\n" + problem + "<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def r1_prompt(problem: str) -> str:
+    """The dialogue of DeepSeek-R1-Zero; the response begins inside `<think>`."""
+    return (
+        "A conversation between User and Assistant. The User asks a question, and the Assistant "
+        "solves it. The Assistant first thinks about the reasoning process in the mind and then "
+        "provides the User with the answer. The reasoning process is enclosed within <think> "
+        "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., "
+        "<think> reasoning process here </think> <answer> answer here </answer>.\nUser: "
+        + problem + "\nAssistant: <think>"
+    )
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a problem is asked and where the answer stands; shared by training and evaluation."""
+
+    name: str
+    render: Callable[[str], str]  # problem -> prompt
+    stop: tuple[str, ...]  # strings that end a response; they stay in its text
+    extract: Callable[[str], str | None]  # response -> final answer, None if it gives none
+
+
+TEMPLATES: dict[str, Template] = {
+    "qwen_math": Template("qwen_math", qwen_math_prompt, (), last_boxed),
+    "r1": Template("r1", r1_prompt, ("</answer>",), answer_in_tags),
+    "none": Template("none", str, (), last_boxed),  # the prompt is the problem itself
+}
+
+MATH_SECONDS = 2  # for each parse and comparison; math-verify sets an alarm, in whole seconds
+MAX_MATH_CHARS = 300  # longer texts are compared only as strings
+# LaTeX only: math-verify's plain-number extractor picks a stray number out of LaTeX it cannot read.
+LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
+
+
+def gold_answers(cell: str | int | float | list) -> list[str]:
+    """The golds in one cell of a dataset, any of which is right, as stripped non-empty strings.
+    An empty list means that there is no gold. Raises TypeError for any other kind of cell."""
+    entries = cell if isinstance(cell, list | tuple) else [cell]
+    if not all(isinstance(entry, str | int | float) for entry in entries):
+        raise TypeError(f"a gold must be str, int, float or a list of these, not {cell!r}")
+    return [text for entry in entries if (text := str(entry).strip())]
+
+
+def answers_match(answer: str, gold: str | int | float | list) -> bool:
+    """Whether `answer` equals `gold` or one of its entries; an empty answer or gold never does.
+
+    Raises TimeoutError after MATH_SECONDS in one step: the answer is then unknown, not wrong.
+    Raises ValueError outside the main thread, where math-verify's alarm does not work.
+    """
+    answer, golds = _clean(answer), [_clean(text) for text in gold_answers(gold)]
+    if not answer:
+        return False
+    if any(_spelling(answer) == _spelling(text) for text in golds):
+        return True
+    try:
+        return any(_same_value(text, answer) for text in golds)
+    except TimeoutException:  # derived from BaseException: no caller would expect it
+        raise TimeoutError(f"math-verify took more than {MATH_SECONDS} s") from None
+
+
+def _clean(text: str) -> str:
+    """Without the dollar signs of maths mode and a final full stop; 4.5e33 as 4.5 times 10^33,
+    because math-verify takes its e for Euler's number."""
+    text = re.sub(r"(?<!\\)\$", "", text).strip().removesuffix(".")
+    return re.sub(r"(?<=\d)[eE]([+-]?\d+)(?!\w)", r"\\times 10^{\1}", text)
+
+
+def _spelling(text: str) -> str:
+    """Without the LaTeX that changes only the looks."""
+    text = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", text)
+    return re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[,;:!]|\s", "", text)
+
+
+def _same_value(gold: str, answer: str) -> bool:
+    """Whether math-verify takes the two for the same object. It drops the base of 52_8, so that
+    is compared here. The gold comes first: only for the gold 1<x<2 is the answer (1,2) right."""
+    if not gold or max(len(gold), len(answer)) > MAX_MATH_CHARS:
+        return False
+    gold_base, answer_base = (re.findall(r"\d_\{?(\d+)", text) for text in (gold, answer))
+    if gold_base and gold_base != answer_base:
+        return False
+    parsed = [
+        parse(f"\\boxed{{{text}}}", LATEX, parsing_timeout=MATH_SECONDS, raise_on_error=True)
+        for text in (gold, answer)
+    ]
+    return verify(*parsed, timeout_seconds=MATH_SECONDS, raise_on_error=True)
+
+
+TIMEOUT = "timeout"  # the verdict on a comparison that ran too long
+MIN_TASKS = 8  # fewer comparisons than this do not tell whether the grader is broken
+PATIENCE = 120.0  # seconds without any finished comparison, after which all workers are replaced
+WORKER_BYTES = 4 * 2**30  # memory a worker may take on top of what it has when it is ready
+Pair = tuple[str, tuple[str, ...]]  # an extracted answer and the golds of its problem
+
+
+class Grader:
+    """Scores responses: 1.0 for a right answer, else 0.0. A context manager.
+
+    template: a Template or a name in TEMPLATES; raises ValueError for an unknown name.
+    workers: processes that compare answers. They start with the first batch, and each imports the
+        main script again (as `__mp_main__`): keep the `if __name__ == "__main__"` there.
+    timeout: seconds one comparison may run; waiting for a free worker does not count.
+    graded, timeouts, errors: how many responses so far were scored; scored 0 because the
+        comparison ran too long; scored 0 because it failed or its worker died.
+    """
+
+    def __init__(self, template: Template | str, workers: int = 2, timeout: float = 5.0):
+        if isinstance(template, str) and template not in TEMPLATES:
+            raise ValueError(f"unknown template {template!r}; known: {', '.join(TEMPLATES)}")
+        self.template = TEMPLATES[template] if isinstance(template, str) else template
+        self.workers, self.timeout = workers, timeout
+        self.graded = self.timeouts = self.errors = 0
+        self._compare = answers_match
+        self._start()
+
+    def grade(self, responses: list[str], answers: list[str | list[str]]) -> list[float]:
+        """The reward of each response, given the golds of its problem. Raises ValueError if the
+        lists differ in length, RuntimeError if the workers or most comparisons fail: a broken
+        grader would look like a policy that is always wrong."""
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
+        pairs = [
+            (self.template.extract(response), tuple(gold_answers(answer)))
+            for response, answer in zip(responses, answers)
+        ]
+        distinct = dict.fromkeys(pair for pair in pairs if all(pair))  # with answer and gold
+        try:
+            verdicts = self._verdicts(distinct)
+        except RuntimeError:  # pebble's pool does not survive the death of an idle worker
+            self.close()
+            self._start()
+            verdicts = self._verdicts(distinct)
+        failures = {pair: v for pair, v in verdicts.items() if v not in (True, False, TIMEOUT)}
+        self.graded += len(pairs)
+        self.timeouts += sum(verdicts.get(pair) == TIMEOUT for pair in pairs)
+        self.errors += sum(pair in failures for pair in pairs)
+        if len(verdicts) >= MIN_TASKS and len(failures) > len(verdicts) / 2:
+            first = next(iter(failures.values()))
+            raise RuntimeError(f"{len(failures)} of {len(verdicts)} comparisons failed: {first}")
+        return [float(verdicts.get(pair) is True) for pair in pairs]
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.stop()
+        self._pool.join()
+
+    def __enter__(self) -> "Grader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        CONSTS.term_timeout = 0.1  # seconds from pebble's SIGTERM to its SIGKILL
+        context = multiprocessing.get_context("forkserver")  # fork copies the trainer's GPU state
+        self._pool = ProcessPool(self.workers, initializer=_prepare_worker, context=context)
+
+    def _verdicts(self, pairs: Iterable[Pair]) -> dict[Pair, bool | str]:
+        """For each pair True or False, TIMEOUT, or the text of the error."""
+        args = self._compare, 3 * self.timeout
+        futures = {
+            pair: self._pool.schedule(_judge, args=args + pair, timeout=self.timeout)
+            for pair in pairs
+        }
+        left = set(futures.values())
+        while left:
+            done, left = wait(left, timeout=PATIENCE)
+            if not done:
+                raise BrokenProcessPool(f"no comparison finished within {PATIENCE} s")
+        return {pair: _verdict(future) for pair, future in futures.items()}
+
+
+def _verdict(future: Future) -> bool | str:
+    try:
+        return future.result()
+    except TimeoutError:
+        return TIMEOUT
+    except ProcessExpired as error:
+        return f"the worker died with exit code {error.exitcode}"
+
+
+def _prepare_worker() -> None:
+    """Runs once in each worker, before the clock of any comparison."""
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)  # in case it was inherited as ignored
+    answers_match("\\frac{1}{2}", "0.5")  # loads what math-verify loads at its first use
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + WORKER_BYTES)
+
+
+def _judge(compare: Callable, cpu_seconds: float, answer: str, golds: tuple) -> bool | str:
+    """Runs in a worker: one verdict. The limit on CPU time ends a worker whose trainer is gone;
+    a living trainer kills it earlier."""
+    _limit(resource.RLIMIT_CPU, int(time.process_time() + cpu_seconds) + 1)
+    try:
+        return compare(answer, golds)
+    except TimeoutError:
+        return TIMEOUT
+    except BaseException as error:  # pebble would raise even SystemExit again, in the trainer
+        return repr(error)[:300]
+
+
+def _limit(kind: int, value: int) -> None:
+    """Set a soft resource limit, but none above the hard limit."""
+    hard = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem as the model sees it: prompt text, its token ids, and the gold answers."""
+
+    prompt: str
+    prompt_ids: list[int]
+    answers: list[str]
+
+
+def load_tokenizer(model: str, context: int):
+    """The tokenizer of `model` (a folder or hub name), once it is sure that the model can be used.
+
+    Raises ValueError if there is no such model, if its context is below `context` tokens, or if
+    it has dropout.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model at {model!r}: give the folder of a Hugging Face checkpoint or "
+                         f"a hub name ({error})") from error
+    if context > config.max_position_embeddings:
+        raise ValueError(
+            f"prompt and response may together have {context} tokens, but the context of {model} "
+            f"is {config.max_position_embeddings}: lower --max-prompt-tokens or "
+            "--max-response-tokens")
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(f"{model} has dropout, with which no log-prob is ever the same twice: "
+                         "set attention_dropout to 0 in its config.json")
+    return tokenizer
+
+
+def load_rows(source: str, subset: str | None, split: str):
+    """The rows of a .jsonl or .parquet file, or of a hub dataset; ValueError if there are none."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(source).suffix)
+    if kind and not Path(source).is_file():
+        raise ValueError(f"no file {source}: give a .jsonl or .parquet file, or a hub dataset")
+    try:
+        if kind:
+            return load_dataset(kind, data_files=source, split="train")
+        return load_dataset(source, subset, split=split)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"cannot read {source!r} (split {split!r}): {error}") from error
+
+
+def load_problems(source: str, tokenizer, template: Template, max_prompt_tokens: int,
+                  subset: str | None = None, split: str = "train",
+                  problem_column: str = "problem", answer_column: str = "answer",
+                  levels: tuple[int, ...] = ()) -> tuple[list[Problem], dict[str, int]]:
+    """Problems of a file or hub dataset, and counts of the rows that were dropped, by reason.
+
+    Raises ValueError if the source or a column is missing or no row can be used.
+    """
+    rows = load_rows(source, subset, split)
+    needed = [problem_column, answer_column] + ["level"] * bool(levels)
+    if missing := [column for column in needed if column not in rows.column_names]:
+        raise ValueError(f"{source} has no column {', '.join(missing)}; it has "
+                         f"{', '.join(rows.column_names)}: set --problem-column, --answer-column")
+    problems, dropped = [], {"level": 0, "no_answer": 0, "too_long": 0}
+    for row in rows:
+        answer = "" if row[answer_column] is None else row[answer_column]
+        if isinstance(answer, str):  # GSM8K writes the reasoning there, and then #### and the gold
+            answer = answer.rpartition("####")[2]
+        golds = gold_answers(answer)
+        prompt = template.render(row[problem_column])
+        # one BOS, also where the template writes it itself
+        has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+        ids = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+        if levels and row["level"] not in levels:
+            dropped["level"] += 1
+        elif not golds:
+            dropped["no_answer"] += 1
+        elif len(ids) > max_prompt_tokens:
+            dropped["too_long"] += 1
+        else:
+            problems.append(Problem(prompt, ids, golds))
+    if not problems:
+        raise ValueError(f"{source} has no usable problem; rows dropped: {dropped}")
+    return problems, dropped
+
+
+def step_problems(count: int, step: int, per_step: int, seed: int) -> list[int]:
+    """Indices of a step's problems: epochs laid end to end, each a permutation of all `count`."""
+    places = range(step * per_step, (step + 1) * per_step)
+    epochs = range(places[0] // count, places[-1] // count + 1)
+    orders = {e: np.random.default_rng((seed, e)).permutation(count) for e in epochs}
+    return [int(orders[place // count][place % count]) for place in places]
+
+
+def derive_seed(*parts: int) -> int:
+    """A seed for every draw, made of the run's seed, the step and the prompt: no draw depends on
+    the number of ranks or on what was drawn before."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 2)

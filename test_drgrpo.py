@@ -1,0 +1,1193 @@
+"""What must stay true of drgrpo.py, as facts. `make test` runs them on a CPU in some minutes.
+
+Tests that need a trained model use the toy base model, which is made on first use.
+"""
+
+import collections
+import itertools
+import json
+import mmap
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import drgrpo
+import templates
+from drgrpo import (PRESETS, Config, Rollout, Sampler, backward, collate, drgrpo_loss,
+                    group_advantages, micro_batches, split_updates, token_logprobs)
+from templates import (TEMPLATES, Grader, Problem, Template, answers_match, gold_answers,
+                       last_boxed, load_problems, load_tokenizer, step_problems)
+from toy import make_toy
+
+HERE = Path(__file__).parent
+DATA = HERE.parent / "shared" / "data"
+TOY = PRESETS["toy"][1]
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The toy base model's folder, as the preset finds it."""
+    os.chdir(HERE)
+    make_toy(HERE / drgrpo.TOY)
+    return HERE / drgrpo.TOY
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A process group of one, in which vLLM can start."""
+    return drgrpo.start_ranks()
+
+
+def tiny_model(vocab_size=64, **kwargs):
+    """A random Qwen2 on a CPU, the same each time, with tied embeddings."""
+    settings = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, eos_token_id=0,
+                    num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=512,
+                    tie_word_embeddings=True, initializer_range=0.3, dtype="float32")  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, **settings | kwargs))
+
+
+def some_rollouts(count=12, seed=0, vocab_size=64):
+    """Rollouts of uneven lengths; a third have no advantage, and some end in EOS (id 0)."""
+    rng = np.random.default_rng(seed)
+    rollouts = []
+    for i in range(count):
+        prompt, response = (rng.integers(1, vocab_size, rng.integers(1, 20)).tolist() for _ in "ab")
+        response += [0] * (i % 2)
+        rollouts.append(Rollout(i, prompt, response, (-rng.random(len(response))).tolist(),
+                                advantage=0.0 if i % 3 == 0 else float(rng.normal())))
+    return rollouts
+
+
+def gradient(rollouts, batches=None, pack=False, model=None, **settings):
+    """The gradient of one update, as `update` adds it up, and the sums of its metrics."""
+    model = model or tiny_model()
+    model.zero_grad()
+    n = len(rollouts)
+    config = replace(TOY, prompts_per_step=1, samples_per_prompt=max(2, n),
+                     responses_per_update=n, tis_cap=None, **settings)
+    forward = partial(token_logprobs, model, pack=pack)
+    stats = [backward(forward, b, config) for b in batches or [collate(rollouts)]]
+    grad = torch.cat([p.grad.flatten() for p in model.parameters()])
+    return grad, {key: sum(float(s[key]) for s in stats) for key in stats[0]}
+
+
+def assert_same(a, b, tolerance=1e-5):
+    assert a.norm() > 0
+    assert (a - b).norm() <= tolerance * a.norm(), f"{(a - b).norm() / a.norm():.2g}"
+
+
+# ------------------------------------------------------------------------------ advantages
+
+
+def test_advantage_is_reward_minus_group_mean():
+    rewards = torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]])
+    expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.5, 0.5, -0.5, -0.5]])
+    assert torch.equal(group_advantages(rewards), expected)
+    assert torch.equal(rewards, torch.tensor([[1.0, 0, 0, 0], [1, 1, 0, 0]]))
+
+
+def test_grpo_divides_by_the_std_over_n_minus_1():
+    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), divide_by_std=True)
+    assert torch.allclose(advantages, torch.tensor([[1.5, -0.5, -0.5, -0.5]]))
+
+
+@pytest.mark.parametrize("divide_by_std", [False, True])
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.01, 1 / 3])
+def test_equal_rewards_give_exact_zeros(reward, divide_by_std):
+    advantages = group_advantages(torch.full((2, 12), reward), divide_by_std)
+    assert torch.equal(advantages, torch.zeros(2, 12))
+
+
+def test_rewards_must_be_grouped():
+    with pytest.raises(ValueError, match="one row a prompt"):
+        group_advantages(torch.zeros(8))
+
+
+# ------------------------------------------------------------------------------ the loss
+
+
+def test_loss_by_hand():
+    # ratios 1.5 and 0.5 with A=+1: 1.5 is clipped to 1.2, 0.5 is not; with A=-2 it is the reverse
+    logprobs = torch.tensor([[1.5, 0.5, 1.0], [1.5, 0.5, 9.0]]).log()
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    loss, stats = drgrpo_loss(logprobs, torch.zeros(2, 3), torch.tensor([1.0, -2.0]), mask, 10.0)
+    assert loss.item() == pytest.approx((-(1.2 + 0.5 + 1.0) + (2 * 1.5 + 2 * 0.8)) / 10)
+    assert (stats["tokens"], stats["clipped"]) == (5, 2)
+    kl = sum(r - 1 - np.log(r) for r in (1.5, 0.5, 1.0, 1.5, 0.5))
+    assert stats["kl"].item() == pytest.approx(kl, rel=1e-5)
+
+
+def test_divide_by_length_is_the_mean_over_each_response():
+    logprobs, mask = torch.zeros(2, 3), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    args = (logprobs, logprobs, torch.tensor([1.0, -2.0]), mask)
+    assert drgrpo_loss(*args, 2, divide_by_length=True)[0].item() == pytest.approx((-1 + 2) / 2)
+    assert drgrpo_loss(*args, 6)[0].item() == pytest.approx((-3 + 2) / 6)
+
+
+def test_padding_may_hold_anything():
+    mask = torch.tensor([[1, 0, 0]])
+    logprobs = torch.tensor([[-1.0, float("nan"), float("-inf")]], requires_grad=True)
+    old = torch.tensor([[-1.0, float("inf"), float("-inf")]])
+    loss, stats = drgrpo_loss(logprobs, old, torch.ones(1), mask, 3)
+    loss.backward()
+    assert loss.item() == pytest.approx(-1 / 3)
+    assert logprobs.grad.tolist() == [[pytest.approx(-1 / 3), 0, 0]]
+    assert all(torch.isfinite(value) for value in stats.values())
+
+
+@pytest.mark.parametrize("advantages, denominator", [((2, 3), 6), ((2, 1), 6), ((2,), 0)])
+def test_wrong_shapes_and_denominators_are_refused(advantages, denominator):
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="advantages"):
+        drgrpo_loss(x, x, torch.zeros(advantages), x, denominator)
+
+
+# ------------------------------------------------ the expected gradient, by enumeration
+
+
+def expected_gradients(divide_by_std=False, divide_by_length=False, train_eos=True):
+    """(expected gradient of -loss, scaled by L_max * G/(G-1); gradient of the expected reward).
+
+    The policy has two tokens, EOS (0) and 1, and writes at most L_max = 2 of them, so there are
+    three responses: EOS; 1 EOS; and 1 1, which is truncated. All 3^4 groups of responses to an
+    easy prompt are enumerated, and all of those to a hard one.
+    """
+    model, size, longest = tiny_model(vocab_size=2), 4, 2
+    loss, expected_reward = 0, 0
+    for prompt, rewards in (([1], [0.9, 1.0, 0.3]), ([0, 1], [0.0, 0.0, 1.0])):
+        rewards = torch.tensor(rewards)
+        batch = collate([Rollout(0, prompt, r, [0.0] * len(r)) for r in ([0], [1, 0], [1, 1])])
+        logprobs = token_logprobs(model, batch.ids, batch.response_mask)  # (3, T-1)
+        mask = batch.response_mask * (train_eos or batch.ids[:, 1:] != 0)
+        probability = logprobs.sum(dim=1).exp()
+        assert probability.sum().item() == pytest.approx(1, abs=1e-6)
+        expected_reward = expected_reward + (probability * rewards).sum()
+        for group in map(list, itertools.product(range(3), repeat=size)):
+            group_loss, _ = drgrpo_loss(
+                logprobs[group], logprobs[group].detach(),
+                group_advantages(rewards[group][None], divide_by_std)[0], mask[group],
+                size * (1 if divide_by_length else longest), divide_by_length=divide_by_length)
+            loss = loss + probability[group].prod().detach() * group_loss
+    grads = [torch.autograd.grad(f, model.parameters(), retain_graph=True)
+             for f in (-loss * longest * size / (size - 1), expected_reward)]
+    return [torch.cat([g.flatten() for g in grad]) for grad in grads]
+
+
+def test_expected_gradient_is_the_policy_gradient():
+    expected, exact = expected_gradients()
+    assert exact.abs().max() > 0.05
+    assert (expected - exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("bias", [
+    {"divide_by_std": True}, {"divide_by_length": True}, {"train_eos": False},
+    {"divide_by_std": True, "divide_by_length": True}])
+def test_each_bias_of_grpo_bends_the_expected_gradient(bias):
+    expected, exact = expected_gradients(**bias)
+    best = expected * (expected @ exact) / (expected @ expected)  # a learning rate can do that
+    assert (best - exact).abs().max() > 0.01
+
+
+# ------------------------------------------------------------------------------ log-probs
+
+
+def direct_logprobs(model, rollout, temperature=1.0):
+    """The definition: one sequence, full logits, no tricks."""
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float() / temperature
+    chosen = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return chosen[len(rollout.prompt_ids) - 1 :]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_logprobs_of_a_batch_are_those_of_each_row_alone(pack, mode, temperature):
+    model = getattr(tiny_model(), mode)()
+    rollouts = some_rollouts()
+    batch = collate(rollouts)
+    logprobs = token_logprobs(model, batch.ids, batch.response_mask, temperature, pack)
+    assert logprobs.dtype == torch.float32 and logprobs.shape == batch.response_mask.shape
+    assert logprobs[batch.response_mask == 0].abs().max() == 0
+    for row, mask, rollout in zip(logprobs, batch.response_mask.bool(), rollouts, strict=True):
+        assert torch.allclose(row[mask], direct_logprobs(model, rollout, temperature), atol=2e-6)
+
+
+def test_the_head_never_makes_full_logits(monkeypatch):
+    model, widest = tiny_model(vocab_size=2**14), []
+    batch = collate(some_rollouts(count=600))
+    assert batch.response_mask.sum() > 4 * 2**27 / 2**14 / 8
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, args, out: widest.append(out.numel()))
+    monkeypatch.setattr(drgrpo, "LOGITS_AT_ONCE", 2**24)
+    token_logprobs(model, batch.ids, batch.response_mask).sum().backward()
+    assert max(widest) <= 2**24 < batch.response_mask.sum() * 2**14
+    assert len(widest) >= 4, "the chunks are computed once forwards and once backwards"
+
+
+def test_bf16_logits_become_fp32_logprobs():
+    model, batch = tiny_model().bfloat16(), collate(some_rollouts())
+    logprobs = token_logprobs(model, batch.ids, batch.response_mask)
+    assert logprobs.dtype == torch.float32
+    assert (logprobs != logprobs.bfloat16()).any()
+
+
+# ------------------------------------- what saves memory does not change the gradient
+
+
+@pytest.mark.parametrize("divide_by_length", [False, True])
+@pytest.mark.parametrize("budget", [1, 50, 200])
+@pytest.mark.parametrize("pack", [False, True])
+def test_micro_batches_do_not_change_the_gradient(ranks, budget, pack, divide_by_length):
+    rollouts = some_rollouts()
+    whole, sums = gradient(rollouts, divide_by_length=divide_by_length)
+    longest_first = sorted(rollouts, key=len, reverse=True)
+    batches = [collate(rows) for rows in micro_batches(longest_first, budget)]
+    assert len(batches) > 1
+    split, split_sums = gradient(rollouts, batches, pack, divide_by_length=divide_by_length)
+    assert_same(whole, split)
+    assert split_sums == pytest.approx(sums, rel=1e-4, abs=1e-6)
+
+
+def test_order_and_wider_padding_do_not_change_the_gradient(ranks):
+    rollouts = some_rollouts()
+    wide = collate(rollouts[::-1])
+    pad = partial(torch.nn.functional.pad, pad=(0, 9))
+    wide.ids, wide.response_mask = pad(wide.ids, value=5), pad(wide.response_mask)
+    wide.sampler_logprobs = pad(wide.sampler_logprobs)
+    whole, _ = gradient(rollouts)
+    for pack in (False, True):
+        assert_same(whole, gradient(rollouts, [wide], pack)[0])
+
+
+def test_activation_checkpointing_does_not_change_the_gradient(ranks):
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_same(gradient(some_rollouts())[0], gradient(some_rollouts(), model=model)[0])
+
+
+def test_rows_without_advantage_are_skipped_but_counted(ranks):
+    rollouts = some_rollouts()
+    config = replace(TOY, responses_per_update=12, prompts_per_step=2, samples_per_prompt=6)
+    (batches,) = split_updates(rollouts, config, step=0, rank=0, world=1)
+    kept = [r for rows in batches for r in rows]
+    assert len(kept) == 8 and all(r.advantage for r in kept)
+    skipped, _ = gradient(rollouts, [collate(rows) for rows in batches])
+    assert_same(gradient(rollouts)[0], skipped)
+    without, _ = gradient(kept)  # N is 8 here: what forgetting the skipped rows would give
+    assert_same(without * 8 / 12, skipped)
+
+
+def test_denominator_counts_all_responses_times_the_longest_allowed():
+    config = replace(TOY, responses_per_update=64, max_response_tokens=80)
+    assert config.denominator == 64 * 80
+    assert replace(config, divide_by_length=True).denominator == 64
+
+
+def test_an_empty_micro_batch_has_a_zero_gradient_for_every_weight(ranks):
+    for pack in (False, True):
+        grad, sums = gradient([Rollout(-1, [0, 0], [], [])], pack=pack)
+        assert grad.shape[0] == sum(p.numel() for p in tiny_model().parameters())
+        assert grad.abs().max() == 0 and sums["tokens"] == sums["gap"] == 0
+
+
+# ------------------------------------------------------------------------------ batches
+
+
+def test_collate_marks_the_response_and_its_eos():
+    batch = collate([Rollout(3, [5, 6], [7, 8, 0], [-1.0, -2.0, -3.0], advantage=0.5),
+                     Rollout(4, [9], [9], [-4.0])])  # fmt: skip
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 0], [9, 9, 0, 0, 0]]
+    assert batch.response_mask.tolist() == [[0, 1, 1, 1], [1, 0, 0, 0]]
+    assert batch.sampler_logprobs.tolist() == [[0, -1, -2, -3], [-4, 0, 0, 0]]
+    assert batch.advantages.tolist() == [0.5, 0] and batch.problems == [3, 4]
+
+
+def test_micro_batches_keep_the_budget_and_lose_nothing():
+    rollouts = sorted(some_rollouts(100), key=len, reverse=True)
+    batches = micro_batches(rollouts, 120)
+    assert [r for rows in batches for r in rows] == rollouts
+    assert all(len(rows) == 1 or len(rows) * len(rows[0]) <= 120 for rows in batches)
+    assert len(batches) < 60
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_each_update_and_have_equally_many_micro_batches(world):
+    rollouts = some_rollouts(48)
+    config = replace(TOY, prompts_per_step=6, responses_per_update=12, tokens_per_microbatch=60)
+    shares = [split_updates(rollouts, config, 5, rank, world) for rank in range(world)]
+    alone = split_updates(rollouts, config, 5, 0, 1)
+    for update, parts in zip(alone, zip(*shares, strict=True), strict=True):
+        assert len({len(part) for part in parts}) == 1
+        dealt = sorted(r.problem for part in parts for rows in part for r in rows if r.response_ids)
+        assert dealt == sorted(r.problem for rows in update for r in rows)
+    everyone = [r.problem for update in alone for rows in update for r in rows]
+    assert sorted(everyone) == [r.problem for r in rollouts if r.advantage]
+    assert everyone != sorted(everyone), "shuffled after the baseline"
+
+
+def test_a_round_in_which_no_response_has_an_advantage_still_takes_part():
+    rollouts = [replace(r, advantage=0.0) for r in some_rollouts()]
+    config = replace(TOY, prompts_per_step=2, samples_per_prompt=6, responses_per_update=6)
+    for rank in range(2):
+        updates = split_updates(rollouts, config, 0, rank, 2)
+        assert [len(batches) for batches in updates] == [1, 1]
+        measured = [len(r.response_ids) > 0 for ((r,),) in updates]
+        assert measured == [rank == 0] * 2, "one real row an update: the gap is always measured"
+
+
+# ------------------------------------------------------------------------------ settings and data
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"top_p": 0.9}, "top_p must be 1"),
+    ({"temperature": 0.0}, "temperature must be above 0"),
+    ({"samples_per_prompt": 1}, "samples_per_prompt must be 2"),
+    ({"responses_per_update": 100}, "must divide"),
+    ({"template": "chatty"}, "qwen_math, r1, none"),
+    ({"steps": 0}, "steps must be above 0"),
+    ({"tis_cap": -1.0}, "tis_cap must be above 0"),
+])  # fmt: skip
+def test_wrong_settings_are_refused_with_what_to_do(settings, message):
+    with pytest.raises(ValueError, match=message):
+        replace(TOY, **settings)
+
+
+def test_the_7b_preset_is_the_papers_recipe():
+    config = PRESETS["math-7b"][1]
+    assert config.model == "Qwen/Qwen2.5-Math-7B" and config.levels == (3, 4, 5)
+    assert (config.prompts_per_step, config.samples_per_prompt) == (128, 8)
+    assert (config.responses_per_update, config.max_response_tokens) == (128, 3000)
+    assert (config.temperature, config.top_p, config.clip_eps) == (1.0, 1.0, 0.2)
+    assert (config.lr, config.max_grad_norm, config.template) == (1e-6, 1.0, "qwen_math")
+    assert not config.divide_by_std and not config.divide_by_length
+    assert config.max_prompt_tokens + config.max_response_tokens <= 4096
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"model": "runs/no/such/model"}, "no model at"),
+    ({"max_response_tokens": 10_000}, "lower --max-prompt-tokens"),
+    ({"dataset": "nowhere.jsonl"}, "no file nowhere.jsonl"),
+    ({"problem_column": "question"}, "has problem, answer"),
+    ({"levels": (3,)}, "no column level"),
+    ({"max_prompt_tokens": 1}, "no usable problem"),
+    ({"track": "wandb"}, "pip install"),
+])  # fmt: skip
+def test_wrong_inputs_are_found_before_a_model_loads(toy, settings, message):
+    with pytest.raises(ValueError, match=message):
+        drgrpo.prepare(replace(TOY, name="none", **settings))
+
+
+def test_a_run_is_never_overwritten(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(Config, "folder", property(lambda self: tmp_path))
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="holds a run already"):
+        drgrpo.prepare(TOY)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_problems_are_read_filtered_and_counted(toy, tmp_path, kind):
+    import datasets
+
+    rows = {"question": ["What is 1+1?\n", "2+2 " * 90, "3+3", "4+4", "5+5"],
+            "answer": ["2", "4", " ", "8", "long story #### 1,010"], "level": [3, 3, 3, 1, 5]}
+    data = datasets.Dataset.from_dict(rows)
+    file = str(tmp_path / f"data.{kind}")
+    data.to_json(file) if kind == "jsonl" else data.to_parquet(file)
+    tokenizer = load_tokenizer(str(toy / "model"), 100)
+    problems, dropped = load_problems(file, tokenizer, TEMPLATES["none"], 64, levels=(3, 5),
+                                      problem_column="question")
+    assert [(p.prompt, p.answers) for p in problems] == [
+        ("What is 1+1?\n", ["2"]), ("5+5", ["1,010"])]
+    assert dropped == {"level": 1, "no_answer": 1, "too_long": 1}
+    assert problems[0].prompt_ids == tokenizer("What is 1+1?\n")["input_ids"]
+
+
+def test_a_template_that_writes_bos_gets_one_bos(toy, tmp_path):
+    from tokenizers import processors
+
+    tokenizer = load_tokenizer(str(toy / "model"), 100)
+    bos = tokenizer.eos_token
+    tokenizer.bos_token = bos
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.eos_token_id)])
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"problem": "1+1", "answer": "2"}))
+    for template in (TEMPLATES["none"], replace(TEMPLATES["none"], render=lambda p: bos + p)):
+        (problem,), _ = load_problems(str(file), tokenizer, template, 64)
+        assert problem.prompt_ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_every_problem_comes_once_an_epoch_in_an_order_of_the_seed():
+    taken = [i for step in range(10) for i in step_problems(23, step, 7, seed=1)]
+    for epoch in range(3):
+        assert sorted(taken[23 * epoch : 23 * (epoch + 1)]) == list(range(23))
+    assert taken[:23] != taken[23:46] and taken[:23] != sorted(taken[:23])
+    assert step_problems(23, 0, 7, seed=1) != step_problems(23, 0, 7, seed=2)
+    assert sorted(step_problems(3, 0, 9, seed=0)) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert taken[:7] == step_problems(23, 0, 7, seed=1), "no global random state is read"
+
+
+# ------------------------------------------------------------------------------ the sampler
+
+
+class FakeEngine:
+    """Notes the order in which vLLM is called, and the weights that it is sent."""
+
+    def __init__(self):
+        self.calls, self.weights, self.resets = [], {}, True
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags[0]}")
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append(method)
+        self.weights = dict(kwargs["weights_iterator"])
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset")
+        return self.resets
+
+
+def test_on_a_gpu_the_engine_wakes_in_stages_around_the_weights(monkeypatch):
+    sampler = Sampler.__new__(Sampler)
+    sampler.llm, sampler.cuda, sampler.dtype = FakeEngine(), True, torch.bfloat16
+    calls = sampler.llm.calls
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    model = tiny_model()
+    sampler.sleep()
+    sampler.wake(model)
+    assert calls == ["sleep 2", "empty", "empty", "wake weights", "reload_weights", "empty",
+                     "wake kv_cache", "reset"]
+    assert set(sampler.llm.weights) == set(model.state_dict())
+    assert {w.dtype for w in sampler.llm.weights.values()} == {torch.bfloat16}
+    sampler.llm.resets = False
+    with pytest.raises(RuntimeError, match="prefix cache"):
+        sampler.wake(model)
+
+
+@pytest.fixture(scope="session")
+def engine(ranks, toy, tmp_path_factory):
+    """An engine on a random model with tied embeddings, and that model as a policy."""
+    folder = tmp_path_factory.mktemp("engine") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # the first thing a CUDA machine would do differently is to give the policy the GPU
+    config = replace(TOY, model=str(folder), max_prompt_tokens=300, max_response_tokens=20)
+    model = drgrpo.make_policy(config, ranks)
+    sampler = Sampler(config.model, 320)
+    yield sampler, model, config
+    sampler.close()
+
+
+def draw(engine, prompt, seed=0, n=4, temperature=1.0):
+    sampler, _, config = engine
+    problem = Problem("", prompt, ["1"])
+    (group,) = sampler.generate([problem], [seed], n, config.max_response_tokens, temperature, ())
+    return group
+
+
+def gap(engine, group, temperature=1.0):
+    """Largest difference of the two log-probs over all tokens, with the policy as it is now."""
+    batch = collate(group)
+    logprobs = engine[1](batch.ids, batch.response_mask, temperature).detach()
+    return (logprobs - batch.sampler_logprobs).abs().max().item()
+
+
+LONG = [int(i) for i in np.random.default_rng(0).integers(5, 60, 290)]  # more than two cache blocks
+
+
+def test_the_sampler_returns_the_ids_that_it_drew_and_their_logprobs(engine):
+    group = draw(engine, LONG)
+    for rollout in group:
+        assert rollout.prompt_ids == LONG
+        assert len(rollout.response_ids) == len(rollout.sampler_logprobs) <= 20
+        assert rollout.finish_reason == ("length" if len(rollout.response_ids) == 20 else "stop")
+        assert (rollout.response_ids[-1] == 0) == (rollout.finish_reason == "stop")
+    assert len({tuple(r.response_ids) for r in group}) == 4
+    assert gap(engine, group) < 1e-4
+
+
+def test_eos_ends_a_response_and_belongs_to_it(engine):
+    groups = [draw(engine, [5, 6], seed, n=16) for seed in range(4)]
+    ended = [r for group in groups for r in group if r.finish_reason == "stop"]
+    assert ended and all(r.response_ids[-1] == 0 for r in ended)
+    assert gap(engine, ended) < 1e-4
+
+
+def test_a_draw_depends_on_its_seed_alone(engine):
+    sampler, _, _ = engine
+    problems = [Problem("", LONG[:k], ["1"]) for k in (9, 17, 33)]
+    args = (2, 20, 1.0, ())
+    ids = [[r.response_ids for r in g] for g in sampler.generate(problems, [1, 2, 3], *args)]
+    again = [[r.response_ids for r in g] for g in sampler.generate(problems[1:], [2, 3], *args)]
+    other = [[r.response_ids for r in g] for g in sampler.generate(problems, [4, 5, 6], *args)]
+    assert ids[1:] == again and ids[0] != other[0]
+    assert sampler.generate([], [], *args) == []
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
+def test_logprobs_are_those_of_the_distribution_that_is_sampled(engine, temperature):
+    assert gap(engine, draw(engine, LONG, temperature=temperature), temperature) < 1e-4
+    assert gap(engine, draw(engine, LONG, temperature=0.6), 1.0) > 0.05
+
+
+def test_after_an_update_the_engine_has_the_new_weights(engine):
+    sampler, model, config = engine
+    before = draw(engine, LONG)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    rollouts = [replace(r, advantage=a) for r, a in zip(before, (1, -1, 0.5, -0.5), strict=True)]
+    old = {k: v.full_tensor().clone() for k, v in model.state_dict().items()}
+    config = replace(config, prompts_per_step=1, samples_per_prompt=4, responses_per_update=4)
+    drgrpo.update(model, optimizer, [[collate(rollouts)]], config)
+    weights = {k: v.full_tensor() for k, v in model.state_dict().items()}
+    moved = torch.cat([(old[k] != v).flatten() for k, v in weights.items()])
+    assert gap(engine, before) > 0.05, "the update changed the policy"
+    assert gap(engine, draw(engine, LONG)) > 0.05, "without a sync the engine is stale"
+    sampler.wake(model)
+    assert gap(engine, draw(engine, LONG)) < 1e-4, "the prompt is cached: the cache must be reset"
+    assert moved.float().mean() > 0.5
+
+
+def test_stale_weights_stop_the_run_and_change_nothing(engine):
+    sampler, model, config = engine
+    sampler.wake(model)
+    group = [replace(r, advantage=(-1) ** i) for i, r in enumerate(draw(engine, LONG))]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.2)
+    before = {k: v.full_tensor().clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    config = replace(config, prompts_per_step=1, samples_per_prompt=4, responses_per_update=2)
+    for updates in ([[collate(group)]], [[collate(group[:2])], [collate(group[2:])]]):
+        with pytest.raises(RuntimeError, match="differ by .* above max_gap"):
+            drgrpo.update(model, optimizer, updates, config)
+    assert all(torch.equal(before[k], v.full_tensor()) for k, v in model.state_dict().items())
+    optimizer.zero_grad()
+    sampler.wake(model)
+
+
+def test_score_gives_truncated_responses_no_reward_but_counts_them(engine):
+    config = replace(TOY, prompts_per_step=2, samples_per_prompt=2, responses_per_update=4)
+    problems = [Problem("1+1", [1], ["2"]), Problem("2+2", [2], ["4"])]
+    texts = ["\\boxed{2}", "\\boxed{2}", "\\boxed{4}", "no idea"]
+    rollouts = [Rollout(i // 2, [1], [1], [-1.0], text, "length" if i == 1 else "stop")
+                for i, text in enumerate(texts)]
+    with Grader("none") as grader:
+        scored = drgrpo.score(grader, problems, rollouts, config)
+    assert [r.reward for r in scored] == [1, 0, 1, 0]
+    assert [r.advantage for r in scored] == [0.5, -0.5, 0.5, -0.5]
+
+
+# ------------------------------------------------------------------------------ learning
+
+
+def test_importance_weights_are_per_token_and_capped(ranks):
+    rng = np.random.default_rng(0)
+    noise = torch.tensor(rng.normal(0, 0.02, 3000), dtype=torch.float32)
+    assert noise.exp().clamp(max=2).mean() == pytest.approx(1, abs=2e-3)  # a product would not be
+
+    def one_token(sampler_logprob, cap):
+        model = tiny_model()
+        rollout = Rollout(0, [5], [6], [sampler_logprob], advantage=1.0)
+        batch = collate([rollout])
+        forward = partial(token_logprobs, model)
+        trainer = forward(batch.ids, batch.response_mask).item()
+        config = replace(TOY, prompts_per_step=1, samples_per_prompt=2, responses_per_update=1,
+                         tis_cap=cap, max_response_tokens=1)
+        stats = backward(forward, batch, config)
+        return trainer, -stats["loss"].item(), stats["tis_capped"].item()
+
+    trainer, weight, capped = one_token(-3.0, None)
+    assert (weight, capped) == (1, 0)
+    _, weight, capped = one_token(trainer - 0.1, 2.0)
+    assert weight == pytest.approx(np.exp(0.1), rel=1e-4) and not capped
+    _, weight, capped = one_token(trainer - 5, 2.0)
+    assert (weight, capped) == (2, 1)
+
+
+def test_weights_are_fp32_masters_and_nearly_all_move_at_the_papers_lr(ranks, tmp_path):
+    model = tiny_model().bfloat16()
+    model.save_pretrained(tmp_path)
+    policy = drgrpo.make_policy(replace(TOY, model=str(tmp_path)), ranks)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    before = {k: v.full_tensor().clone() for k, v in policy.state_dict().items()}
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, (0.9, 0.95), weight_decay=0)
+    config = replace(TOY, prompts_per_step=1, samples_per_prompt=12, responses_per_update=12,
+                     max_gap=100)
+    for _ in range(3):
+        drgrpo.update(policy, optimizer, [[collate(some_rollouts())]], config)
+    used = [k for k in before if "embed" not in k and "lm_head" not in k]
+    after = policy.state_dict()
+    moved = torch.cat([(before[k] != after[k].full_tensor()).flatten() for k in used])
+    assert moved.float().mean() > 0.99
+
+
+def test_a_loss_that_is_not_finite_names_its_problems(ranks):
+    rollouts = some_rollouts()
+    rollouts[4].advantage = float("nan")
+    with pytest.raises(FloatingPointError, match="problems .*4"):
+        gradient(rollouts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_loads_with_the_same_logprobs(ranks, toy, tmp_path, tied, dtype):
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    base = tiny_model(len(tokenizer), tie_word_embeddings=tied).to(dtype)
+    base.save_pretrained(tmp_path / "base")
+    model = drgrpo.make_policy(replace(TOY, model=str(tmp_path / "base")), ranks)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)  # exact in bf16
+    drgrpo.save_checkpoint(model, tokenizer, tmp_path / "model")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert type(saved) is Qwen2ForCausalLM and saved.dtype == dtype
+    assert saved.config.architectures == ["Qwen2ForCausalLM"]
+    assert saved.generation_config.eos_token_id == base.generation_config.eos_token_id == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "model")("1+1") == tokenizer("1+1")
+    batch = collate(some_rollouts())
+    expected = model(batch.ids, batch.response_mask)
+    found = token_logprobs(saved.float(), batch.ids, batch.response_mask)
+    assert torch.allclose(found, expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+# ------------------------------------------------------------------------------ ranks and runs
+
+
+def launch(ranks, *arguments, folder=HERE, timeout=300):
+    """Run a script on so many ranks as a user would, and return what it printed."""
+    environment = {k: v for k, v in os.environ.items() if k not in (
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, timeout=timeout, capture_output=True, text=True,
+                          env=environment | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+UPDATES = """
+import json, sys, torch, drgrpo
+from dataclasses import replace
+from test_drgrpo import TOY, some_rollouts
+device = drgrpo.start_ranks()
+rank, world = drgrpo.dist.get_rank(), drgrpo.dist.get_world_size()
+config = replace(TOY, model=sys.argv[1], prompts_per_step=4, samples_per_prompt=6,
+                 responses_per_update=12, tokens_per_microbatch=100, max_gap=100)
+model = drgrpo.make_policy(config, device)
+optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+metrics = []
+for step in range(3):
+    rollouts = some_rollouts(24, seed=step)
+    for r in rollouts[step:]:  # the first round has no gradient, the second a single row
+        r.advantage = float(step == 2) * r.advantage
+    rollouts[0].advantage = float(step == 1)
+    updates = drgrpo.split_updates(rollouts, config, step, rank, world)
+    batches = [[drgrpo.collate(rows) for rows in parts] for parts in updates]
+    metrics.append(drgrpo.update(model, optimizer, batches, config))
+weights = torch.cat([w.flatten() for _, w in drgrpo.full_weights(model, torch.float64)])
+if rank == 0:
+    print(json.dumps({"metrics": metrics, "norm": weights.norm().item(),
+                      "probe": weights[:: len(weights) // 50].tolist()}))
+drgrpo.dist.destroy_process_group()
+"""
+
+
+def test_two_ranks_with_uneven_work_make_the_updates_of_one(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    script = tmp_path / "updates.py"
+    script.write_text(UPDATES)
+    one, two = (json.loads(launch(n, script, tmp_path / "model", timeout=120).splitlines()[-1])
+                for n in (1, 2))
+    assert one["norm"] == pytest.approx(two["norm"], rel=1e-6)
+    assert one["probe"] == pytest.approx(two["probe"], rel=1e-4, abs=1e-6)
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-7)
+    norms = [m["grad_norm"] for m in one["metrics"]]
+    assert norms[0] == 0 and norms[1] > 0 and norms[2] > 0
+
+
+def whole_run(toy, folder, ranks):
+    """Three steps of two updates each from the command line; returns rows of metrics, weights."""
+    (folder / "runs").mkdir(parents=True)
+    (folder / "runs" / "toy-base").symlink_to(toy)
+    launch(ranks, HERE / "drgrpo.py", "toy", "--steps", 3, "--prompts-per-step", 8,
+           "--responses-per-update", 32, "--tokens-per-microbatch", 512, "--eval-every", 3,
+           folder=folder)
+    run = folder / "runs" / "toy"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    return run, rows, samples
+
+
+@pytest.fixture(scope="session")
+def run_of_one(toy, tmp_path_factory):
+    return whole_run(toy, tmp_path_factory.mktemp("one"), 1)
+
+
+def test_a_run_leaves_metrics_samples_curves_and_a_checkpoint(run_of_one):
+    run, rows, samples = run_of_one
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all(np.isfinite(v) for row in rows for v in row.values() if v is not None)
+    assert max(row["gap"] for row in rows[:3]) < 1e-4
+    assert {"eval_accuracy", "eval_truncated"} <= set(rows[0]) & set(rows[3])
+    assert len(samples) == 3 * 8 * 8
+    assert set(samples[0]) >= {"prompt", "response", "reward", "length", "finish_reason"}
+    first = [s for s in samples if s["step"] == 0]
+    assert rows[0]["reward"] == pytest.approx(np.mean([s["reward"] for s in first]))
+    assert rows[0]["length"] == pytest.approx(np.mean([s["length"] for s in first]))
+    assert (run / "curves.png").stat().st_size > 10_000
+    AutoModelForCausalLM.from_pretrained(run / "model")
+
+
+def test_two_ranks_make_the_run_of_one(toy, run_of_one, tmp_path):
+    _, one, samples_of_one = run_of_one
+    run, two, samples = whole_run(toy, tmp_path, 2)
+    assert [s["response"] for s in samples] == [s["response"] for s in samples_of_one]
+    for a, b in zip(one, two, strict=True):
+        for key in [key for key in a if "seconds" not in key and key != "gap"]:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-6), key
+    weights = [AutoModelForCausalLM.from_pretrained(r / "model").state_dict()
+               for r in (run, run_of_one[0])]
+    for name, weight in weights[0].items():
+        assert torch.allclose(weight, weights[1][name], atol=1e-5), name
+
+
+def test_eval_scores_a_saved_model_as_training_did(toy, run_of_one):
+    run, rows, _ = run_of_one
+    printed = launch(1, HERE / "eval.py", "--models", run / "model", "--data", toy / "test.jsonl",
+                     "--template", "none", "--max-prompt-tokens", 64, "--max-response-tokens", 72)
+    scores = json.loads(printed.splitlines()[-1])
+    assert scores["accuracy"] == rows[3]["eval_accuracy"] and scores["problems"] == 500
+
+
+# ------------------------------------------------------------------- templates and grader
+
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the data files are not here")
+BENCHMARKS = ("aime24", "amc23", "math500", "minerva", "olympiadbench", "math_lvl3to5_train")
+
+
+def read_rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader("qwen_math") as grader:
+        yield grader
+
+
+def boxed(answer: object) -> str:
+    return f"So the answer is \\boxed{{{answer}}}."
+
+
+# --- templates -----------------------------------------------------------------------------------
+
+QWEN = (
+    "<|im_start|>system\n"
+    "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>user\n"
+    "What is {1} + $2$?\\n<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+R1 = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves"
+    " it. The Assistant first thinks about the reasoning process in the mind and then provides the"
+    " User with the answer. The reasoning process is enclosed within <think> </think> and answer is"
+    " enclosed within <answer> </answer> tags, respectively, i.e., <think> reasoning process here"
+    " </think> <answer> answer here </answer>.\n"
+    "User: What is {1} + $2$?\\n\n"
+    "Assistant: <think>"
+)
+
+
+@pytest.mark.parametrize(
+    "name, prompt, stop",
+    [
+        ("qwen_math", QWEN, ()),
+        ("r1", R1, ("</answer>",)),
+        ("none", "What is {1} + $2$?\\n", ()),
+    ],
+)
+def test_templates_are_byte_exact(name, prompt, stop):
+    template = TEMPLATES[name]
+    assert template.render("What is {1} + $2$?\\n") == prompt
+    assert (template.name, template.stop) == (name, stop)
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("\\boxed{70}", "70"),
+        ("\\boxed{70} then \\boxed{\\frac{1}{2}} end}", "\\frac{1}{2}"),
+        ("\\boxed{\\boxed{2}}", "2"),
+        ("\\boxed{}", ""),
+        ("\\boxed{70} then \\boxed{7", None),
+        ("\\boxed{70} then \\boxed 7", None),
+        ("\\boxed {70}", None),
+        ("\\boxed 7", None),
+        ("\\fbox{70}", None),
+        ("boxed{70}", None),
+        ("the answer is 70", None),
+        ("", None),
+    ],
+)
+def test_only_the_last_box_is_the_answer(text, answer):
+    assert last_boxed(text) == answer
+    assert TEMPLATES["qwen_math"].extract(text) == TEMPLATES["none"].extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (" so </think> <answer> 70 </answer>", "70"),
+        (" so </think> <answer> \\boxed{70} </answer>", "70"),
+        (" \\boxed{1} </think> <answer> 70 </answer>", "70"),
+        (" so </think> <answer> 71 </answer> <answer> 70 </answer>", "70"),
+        (" so </think> <answer> \\boxed{70 </answer>", None),
+        (" so </think> <answer> 70", None),
+        (" so </think>\n<answer> 70 </answer>", None),
+        (" so </think><answer> 70 </answer>", None),
+        (" \\boxed{70}", None),
+    ],
+)
+def test_an_r1_answer_stands_in_its_tags(text, answer):
+    assert TEMPLATES["r1"].extract(text) == answer
+
+
+def test_extraction_takes_linear_time():
+    start = time.monotonic()
+    assert last_boxed("\\boxed{" + "{" * 1_000_000) is None
+    assert last_boxed("\\boxed{1} " * 30_000) == "1"
+    assert TEMPLATES["r1"].extract("</think> <answer>" * 20_000 + "</answer>") == ""
+    assert time.monotonic() - start < 2
+
+
+# --- comparison ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cell, golds",
+    [
+        (" 70\n", ["70"]),
+        (70, ["70"]),
+        (142.0, ["142.0"]),
+        (["1", 2, " 3.5 \n", ""], ["1", "2", "3.5"]),
+        ("", []),
+        ("  ", []),
+        ([], []),
+        ([""], []),
+    ],
+)
+def test_a_gold_cell_becomes_a_list_of_strings(cell, golds):
+    assert gold_answers(cell) == golds
+
+
+@pytest.mark.parametrize("cell", [None, {"a": 1}, [["1"]], [None]])
+def test_a_gold_cell_of_another_type_raises(cell):
+    with pytest.raises(TypeError, match="gold"):
+        gold_answers(cell)
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("70", "70"),
+        ("25", "025"),
+        ("142", 142.0),
+        ("142", "142.0"),
+        ("$70$", "70"),
+        ("\\dfrac{6}{8}", "\\frac{3}{4}"),
+        ("3/4", "0.75"),
+        ("11\\sqrt{2}", "11\\sqrt2"),
+        ("\\sqrt{242}", "11\\sqrt2"),
+        ("\\left( 3, \\dfrac{\\pi}{2} \\right)", "(3,\\frac{\\pi}{2})"),
+        ("84, 69", "$69$,$84$"),
+        ("\\$32348", "\\$32,348"),
+        ("Evelyn", "\\text{Evelyn}"),
+        ("4.5\\times 10^{33}", "4.5e33"),
+        ("(-\\infty, 0) \\cup \\{1\\}", "$(-\\infty, 0) \\cup\\{1\\}$."),
+        ("3", ["1", "2", "3"]),
+        ("52_8", "52_{8}"),
+        ("52_8", "52"),
+    ],
+)
+def test_equal_answers_match(answer, gold):
+    assert answers_match(answer, gold)
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [
+        ("71", "70"),
+        ("0.33", "\\frac{1}{3}"),
+        ("11", "11\\sqrt2"),
+        ("\\{1,3\\}", "3"),
+        ("(-2,7)", "[-2,7]"),
+        ("nylevE", "\\text{Evelyn}"),
+        ("0", "$(-\\infty, 0) \\cup\\{1\\}$."),
+        ("2", "\\hbar \\omega(v+1 / 2)-\\frac{E_{0}^{2} e^{2}}{2 m \\omega^{2}}"),
+        ("52", "52_8"),
+        ("52_9", "52_8"),
+        ("\\leftarrow", "\\rightarrow"),
+        ("4", ["1", "2", "3"]),
+        ("", "70"),
+        ("$ $", "$$"),
+        ("", ""),
+        ("70", ""),
+        ("70", []),
+        ("7" * 100_000, "70"),
+    ],
+)
+def test_unequal_or_empty_answers_do_not_match(answer, gold):
+    assert not answers_match(answer, gold)
+
+
+def test_the_gold_is_the_first_argument_of_the_comparison():
+    assert answers_match("(1,2)", "1<x<2")
+    assert not answers_match("1<x<2", "(1,2)")
+    assert answers_match("2x+z=1", "1")
+    assert not answers_match("1", "2x+z=1")
+
+
+def test_a_comparison_without_end_raises_and_logs_nothing(caplog):
+    start = time.monotonic()
+    with pytest.raises(TimeoutError):
+        answers_match("9^{9^{9^{9}}}", "70")
+    assert time.monotonic() - start < 2 * templates.MATH_SECONDS
+    assert caplog.text == ""
+
+
+@needs_data
+def test_every_gold_matches_itself():
+    for name in BENCHMARKS:
+        golds = [gold for row in read_rows(name) for gold in gold_answers(row["answer"])]
+        in_tags = [TEMPLATES["r1"].extract(f"</think> <answer> {gold} </answer>") for gold in golds]
+        in_boxes = [last_boxed(boxed(gold)) for gold in golds]
+        for answers in (in_boxes, in_tags):
+            assert [g for a, g in zip(answers, golds) if not answers_match(a, g)] == []
+
+
+# --- the grader ----------------------------------------------------------------------------------
+
+
+def test_rewards_are_one_or_zero_in_the_order_of_the_responses(grader):
+    before = grader.graded
+    responses = [boxed("70"), boxed("71"), "70", boxed("\\frac{2}{4}"), boxed("70"), boxed("1")]
+    answers = ["70", "70", "70", ["3", "0.5"], "70", ""]
+    rewards = grader.grade(responses, answers)
+    assert rewards == [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+    assert all(isinstance(reward, float) for reward in rewards)
+    assert (grader.graded - before, grader.timeouts, grader.errors) == (6, 0, 0)
+    assert grader.grade([], []) == []
+
+
+def test_as_many_answers_as_responses(grader):
+    with pytest.raises(ValueError, match="2 responses but 1 answers"):
+        grader.grade(["a", "b"], ["1"])
+
+
+def test_a_template_is_given_by_name_or_as_a_record():
+    with pytest.raises(ValueError, match="'qwen'.*qwen_math, r1, none"):
+        Grader("qwen")
+    shout = Template("shout", str.upper, (), str.lower)
+    with Grader(shout, workers=1) as grader:
+        assert grader.template is shout
+        assert grader.grade(["X+X"], ["2x"]) == [1.0]
+
+
+def test_grading_works_outside_the_main_thread(grader):
+    rewards = []
+    batch = [boxed("\\frac{2}{4}"), boxed("3")], ["0.5", "2"]
+    thread = threading.Thread(target=lambda: rewards.extend(grader.grade(*batch)))
+    thread.start()
+    thread.join(30)
+    assert rewards == [1.0, 0.0]
+
+
+def test_comparisons_happen_only_in_workers(grader):
+    grader._compare = worker_id
+    try:
+        assert grader.grade([boxed(os.getpid())], ["1"]) == [1.0]
+    finally:
+        grader._compare = answers_match
+
+
+def worker_id(answer: str, golds: tuple) -> bool:
+    return str(os.getpid()) != answer
+
+
+def hostile(answer: str, golds: tuple) -> bool:
+    """A comparison that does what a dangerous answer might make the real one do."""
+    if answer == "hang":
+        collections.deque(itertools.count(), maxlen=0)  # in C: no signal handler ever runs
+    if answer == "exit":
+        os._exit(3)
+    if answer == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if answer == "fill":
+        blocks = []
+        while len(blocks) < 64:  # 16 GiB, without touching them
+            blocks.append(mmap.mmap(-1, 2**28))
+        return True
+    if answer == "leave":
+        raise SystemExit(1)
+    if answer.startswith("bug"):
+        raise KeyError(answer)
+    return answers_match(answer, golds)
+
+
+CLEAN = [boxed(f"{i}+0") for i in range(20)]
+CLEAN_GOLDS = [str(i if i % 2 else -1) for i in range(20)]
+CLEAN_REWARDS = [float(i % 2) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "answer, timeouts, errors",
+    [("hang", 1, 0), ("exit", 0, 1), ("kill", 0, 1), ("fill", 0, 1), ("leave", 0, 1)],
+)
+def test_a_lost_worker_costs_one_reward_and_is_counted_once(answer, timeouts, errors):
+    with Grader("none", timeout=1.5) as grader:
+        grader._compare = hostile
+        assert grader.grade(CLEAN + [boxed(answer)], CLEAN_GOLDS + ["1"]) == CLEAN_REWARDS + [0.0]
+        assert (grader.timeouts, grader.errors) == (timeouts, errors)
+        assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
+        assert (grader.timeouts, grader.errors) == (timeouts, errors)
+
+
+def test_more_hangs_than_workers_do_not_stop_the_grading():
+    with Grader("none", timeout=0.5) as grader:
+        grader._compare = hostile
+        responses, golds = [boxed("hang")] * 4 + CLEAN, [str(i) for i in range(4)] + CLEAN_GOLDS
+        start = time.monotonic()
+        assert grader.grade(responses, golds) == [0.0] * 4 + CLEAN_REWARDS
+        assert grader.timeouts == 4
+        assert time.monotonic() - start < 20
+        assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
+
+
+def test_each_distinct_pair_is_compared_once_but_every_response_counts():
+    with Grader("none", timeout=0.5) as grader:
+        grader._compare = hostile
+        start = time.monotonic()
+        assert grader.grade([boxed("hang")] * 20, ["1"] * 20) == [0.0] * 20
+        assert time.monotonic() - start < 8
+        assert (grader.graded, grader.timeouts) == (20, 20)
+
+
+def test_waiting_for_a_worker_is_not_counted_as_running_time():
+    with Grader("none", workers=1, timeout=0.8) as grader:
+        grader._compare = slow
+        assert grader.grade([boxed(i) for i in range(8)], ["1"] * 8) == [1.0] * 8  # 1.6 s in all
+
+
+def slow(answer: str, golds: tuple) -> bool:
+    time.sleep(0.2)
+    return True
+
+
+def test_a_batch_of_mostly_errors_raises_the_first_error():
+    with Grader("none") as grader:
+        grader._compare = hostile
+        bugs = [boxed(f"bug {i}") for i in range(8)]
+        with pytest.raises(RuntimeError, match=r"8 of 15 .*KeyError\('bug 0'\)"):
+            grader.grade(bugs + CLEAN[:7], ["1"] * 15)
+        assert grader.grade(bugs + CLEAN[:8], ["1"] * 16)[:8] == [0.0] * 8
+        assert grader.grade(bugs[:7], ["1"] * 7) == [0.0] * 7
+        assert grader.errors == 8 + 8 + 7
+
+
+def workers_of_this_process() -> list[int]:
+    return [child.pid for child in multiprocessing.active_children()]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_idle_workers_lost_to_a_signal_are_replaced(sent, monkeypatch):
+    monkeypatch.setattr(templates, "PATIENCE", 3.0)
+    others = set(workers_of_this_process())
+    with Grader("none") as grader:
+        assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
+        for pid in set(workers_of_this_process()) - others:
+            os.kill(pid, sent)
+        time.sleep(0.5)
+        assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
+        assert (grader.timeouts, grader.errors) == (0, 0)
+    assert set(workers_of_this_process()) <= others
+
+
+TRAINER = """
+    import collections, itertools, os, signal, sys
+    sys.path.insert(0, sys.argv[1])
+    from templates import Grader
+
+    def spin(answer, golds):
+        with open(sys.argv[2], "w") as file:
+            file.write(str(os.getpid()))
+        collections.deque(itertools.count(), maxlen=0)
+
+    if __name__ == "__main__":
+        signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+        grader = Grader("none", workers=1, timeout=0.3)
+        grader._compare = spin
+        grader.grade(["\\\\boxed{1}"], ["2"])
+"""
+
+
+def test_a_stuck_worker_does_not_outlive_a_killed_trainer(tmp_path):
+    script, pid_file = tmp_path / "trainer.py", tmp_path / "pid"
+    script.write_text(textwrap.dedent(TRAINER))
+    arguments = [sys.executable, script, Path(templates.__file__).parent, pid_file]
+    trainer = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    wait_until(lambda: pid_file.exists() and pid_file.read_text(), 20)
+    trainer.kill()
+    trainer.wait()
+    worker = Path("/proc") / pid_file.read_text()
+    assert worker.exists()
+    wait_until(lambda: not worker.exists(), 15)
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@needs_data
+def test_labelled_cases_are_graded_right_and_hostile_ones_score_zero():
+    cases = read_rows("grader_cases")
+    hostile = [case["id"] for case in cases if "bomb" in case["note"]]
+    cases = [case for case in cases if case["id"] not in hostile[1::2]]  # half: they take 2 s each
+    rewards = {}
+    for name, template in [("qwen_math", "qwen_math"), ("r1", "r1"), ("no", "none")]:
+        rows = [case for case in cases if case["template"] == name]
+        with Grader(template, workers=4) as grader:
+            graded = grader.grade([r["response"] for r in rows], [r["gold"] for r in rows])
+        rewards |= {row["id"]: reward for row, reward in zip(rows, graded)}
+        assert grader.errors == 0
+    clear = [c for c in cases if "debatable" not in c["note"] and "lenient" not in c["note"]]
+    missed = [case for case in clear if rewards[case["id"]] != case["expected"]]
+    assert len(missed) <= 6, [case["note"] for case in missed]
+    assert not any(rewards[name] for name in hostile[::2])
