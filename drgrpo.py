@@ -135,6 +135,7 @@ class Config:
 
 LOGITS_AT_ONCE = 2**27  # R * V of a chunk of the head: 0.5 GiB in fp32
 
+
 def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torch.Tensor:
     """How much better each response is than its group: (P, G) rewards -> (P, G) advantages.
 
@@ -143,6 +144,7 @@ def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torc
     """
     if rewards.dim() != 2:
         raise ValueError(f"rewards must be (P, G), one row a prompt; got {tuple(rewards.shape)}")
+    rewards = rewards if rewards.is_floating_point() else rewards.float()
     advantages = rewards - rewards.mean(dim=1, keepdim=True)  # Dr. GRPO (1/2): not divided by std
     if divide_by_std:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-8)
@@ -485,7 +487,7 @@ def save_checkpoint(model: torch.nn.Module, tokenizer, folder: Path) -> None:
         if rank == 0 and not (tied and name == "lm_head.weight"):
             weights[name] = weight.to("cpu", copy=True)  # it may be a view of padded shards
     if rank == 0:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         save_torch_state_dict(weights, folder)
         for part in (model.config, model.generation_config, tokenizer):
             part.save_pretrained(folder)
@@ -541,9 +543,9 @@ def prepare(config: Config):
     return tokenizer, problems, held_out, dropped
 
 
-def train(config: Config) -> None:
-    """A whole run: sample, score, update, sync, again. Raises ValueError as `prepare` does."""
-    tokenizer, problems, held_out, dropped = prepare(config)
+def train(config: Config, tokenizer, problems: list[Problem], held_out: list[Problem],
+          dropped: dict[str, int]) -> None:
+    """A whole run, from what `prepare` returned: sample, score, update, sync, and again."""
     device = start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
     writer = start_log(config, dropped) if rank == 0 else None
@@ -616,10 +618,10 @@ def main() -> None:
             from toy import make_toy
 
             make_toy(TOY)
-        prepare(config)
+        prepared = prepare(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    train(config)
+    train(config, *prepared)
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ MATH_SECONDS = 2  # for each parse and comparison; math-verify sets an alarm, in
 MAX_MATH_CHARS = 300  # longer texts are compared only as strings
 # LaTeX only: math-verify's plain-number extractor picks a stray number out of LaTeX it cannot read.
 LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
+# what may stand to the left of an equals sign: x, \theta, a_1, f(x), |AB|, \mathrm{Area}
+NAME = re.compile(r"([a-zA-Z|\s{}(),']|\\(?!frac|sqrt|cdot|times)[a-zA-Z]+|_\{?\w+\}?|\^\{-1\})+")
 
 
 def gold_answers(cell: str | int | float | list) -> list[str]:
@@ -119,9 +121,16 @@ def answers_match(answer: str, gold: str | int | float | list) -> bool:
 
 
 def _clean(text: str) -> str:
-    """Without the dollar signs of maths mode and a final full stop; 4.5e33 as 4.5 times 10^33,
-    because math-verify takes its e for Euler's number."""
+    """Without the dollar signs of maths mode, a final full stop, a leading "The answer is" and
+    spaces that group digits; 4.5e33 as 4.5 times 10^33, because math-verify takes its e for
+    Euler's number."""
     text = re.sub(r"(?<!\\)\$", "", text).strip().removesuffix(".")
+    if sentence := re.fullmatch(r"(?i)(?:\\text *\{ *)?the (?:final )?answer is:?\s*(.+)", text, re.S):
+        text = sentence[1]
+        if text.count("}") > text.count("{"):  # the one that closed \text{
+            text = text.replace("}", "", 1)
+    if re.fullmatch(r"-?\d{1,3}((?:\\,|\\? |~)\d{3})+(\.\d+)?", text):
+        text = re.sub(r"\\,|\\? |~", "", text)
     return re.sub(r"(?<=\d)[eE]([+-]?\d+)(?!\w)", r"\\times 10^{\1}", text)
 
 
@@ -132,18 +141,35 @@ def _spelling(text: str) -> str:
 
 
 def _same_value(gold: str, answer: str) -> bool:
-    """Whether math-verify takes the two for the same object. It drops the base of 52_8, so that
-    is compared here. The gold comes first: only for the gold 1<x<2 is the answer (1,2) right."""
+    """Whether math-verify takes the two for the same object, and rightly."""
     if not gold or max(len(gold), len(answer)) > MAX_MATH_CHARS:
         return False
+    # It drops the base of 52_8
     gold_base, answer_base = (re.findall(r"\d_\{?(\d+)", text) for text in (gold, answer))
     if gold_base and gold_base != answer_base:
+        return False
+    # It takes the right side of any equation for its value, where only "x = 5" names a value,
+    # and it folds case, so that N = N is N = n
+    left, equals, right = answer.partition("=")
+    if equals and left.strip() == right.strip():
+        return False
+    if equals and "=" not in gold and not NAME.fullmatch(left) and not answers_match(left, gold):
         return False
     parsed = [
         parse(f"\\boxed{{{text}}}", LATEX, parsing_timeout=MATH_SECONDS, raise_on_error=True)
         for text in (gold, answer)
     ]
-    return verify(*parsed, timeout_seconds=MATH_SECONDS, raise_on_error=True)
+    same = verify(*parsed, allow_set_relation_comp=True, timeout_seconds=MATH_SECONDS,
+                  raise_on_error=True)
+    return same and not _far_apart(parsed[0][0], parsed[1][0])
+
+
+def _far_apart(gold, answer) -> bool:
+    """Whether both are small numbers that differ: math-verify rounds them all to 0."""
+    if not (getattr(gold, "is_comparable", False) and getattr(answer, "is_comparable", False)):
+        return False
+    gold, answer = float(gold), float(answer)
+    return max(abs(gold), abs(answer)) < 1e-3 and abs(gold - answer) > 1e-3 * abs(gold)
 
 
 TIMEOUT = "timeout"  # the verdict on a comparison that ran too long
