@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +126,8 @@ def _clean(text: str) -> str:
     spaces that group digits; 4.5e33 as 4.5 times 10^33, because math-verify takes its e for
     Euler's number."""
     text = re.sub(r"(?<!\\)\$", "", text).strip().removesuffix(".")
-    if sentence := re.fullmatch(r"(?i)(?:\\text *\{ *)?the (?:final )?answer is:?\s*(.+)", text, re.S):
-        text = sentence[1]
+    if sentence := re.match(r"(?i)(?:\\text *\{ *)?the (?:final )?answer is:?\s*", text):
+        text = text[sentence.end() :]
         if text.count("}") > text.count("{"):  # the one that closed \text{
             text = text.replace("}", "", 1)
     if re.fullmatch(r"-?\d{1,3}((?:\\,|\\? |~)\d{3})+(\.\d+)?", text):
@@ -262,13 +263,16 @@ def _verdict(future: Future) -> bool | str:
     except TimeoutError:
         return TIMEOUT
     except ProcessExpired as error:
+        if error.exitcode == -signal.SIGXCPU:  # the limit on CPU time was quicker than pebble
+            return TIMEOUT
         return f"the worker died with exit code {error.exitcode}"
 
 
 def _prepare_worker() -> None:
     """Runs once in each worker, before the clock of any comparison."""
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)  # in case it was inherited as ignored
-    answers_match("\\frac{1}{2}", "0.5")  # loads what math-verify loads at its first use
+    with suppress(TimeoutError):  # loading takes long on a busy machine
+        answers_match("\\frac{1}{2}", "0.5")  # loads what math-verify loads at its first use
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + WORKER_BYTES)
@@ -290,6 +294,7 @@ def _limit(kind: int, value: int) -> None:
     """Set a soft resource limit, but none above the hard limit."""
     hard = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if hard == resource.RLIM_INFINITY else min(value, hard), hard))
+
 
 # --- data ----------------------------------------------------------------------------------------
 

@@ -3,10 +3,9 @@
 Tests that need a trained model use the toy base model, which is made on first use.
 """
 
-import collections
+import importlib
 import itertools
 import json
-import mmap
 import multiprocessing
 import os
 import signal
@@ -1041,12 +1040,18 @@ def test_grading_works_outside_the_main_thread(grader):
     assert rewards == [1.0, 0.0]
 
 
-def test_comparisons_happen_only_in_workers(grader):
-    grader._compare = worker_id
+def test_comparisons_happen_only_in_workers(grader, hostile):
+    grader._compare = hostile.worker_id
     try:
         assert grader.grade([boxed(os.getpid())], ["1"]) == [1.0]
     finally:
         grader._compare = answers_match
+
+
+# Comparisons that misbehave, in a module of their own: workers import it, and it must be light.
+HOSTILE = """
+import collections, itertools, mmap, os, signal, time
+from templates import answers_match
 
 
 def worker_id(answer: str, golds: tuple) -> bool:
@@ -1054,7 +1059,7 @@ def worker_id(answer: str, golds: tuple) -> bool:
 
 
 def hostile(answer: str, golds: tuple) -> bool:
-    """A comparison that does what a dangerous answer might make the real one do."""
+    '''A comparison that does what a dangerous answer might make the real one do.'''
     if answer == "hang":
         collections.deque(itertools.count(), maxlen=0)  # in C: no signal handler ever runs
     if answer == "exit":
@@ -1073,6 +1078,26 @@ def hostile(answer: str, golds: tuple) -> bool:
     return answers_match(answer, golds)
 
 
+def note_call(file: str, answer: str, golds: tuple) -> bool:
+    with open(file, "a") as out:
+        out.write(f"{answer}\\n")
+    return answer in golds
+
+
+def slow(answer: str, golds: tuple) -> bool:
+    time.sleep(0.2)
+    return True
+"""
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "hostile_comparisons.py").write_text(HOSTILE)
+    sys.path.append(str(folder))
+    return importlib.import_module("hostile_comparisons")
+
+
 CLEAN = [boxed(f"{i}+0") for i in range(20)]
 CLEAN_GOLDS = [str(i if i % 2 else -1) for i in range(20)]
 CLEAN_REWARDS = [float(i % 2) for i in range(20)]
@@ -1082,18 +1107,18 @@ CLEAN_REWARDS = [float(i % 2) for i in range(20)]
     "answer, timeouts, errors",
     [("hang", 1, 0), ("exit", 0, 1), ("kill", 0, 1), ("fill", 0, 1), ("leave", 0, 1)],
 )
-def test_a_lost_worker_costs_one_reward_and_is_counted_once(answer, timeouts, errors):
+def test_a_lost_worker_costs_one_reward_and_is_counted_once(answer, timeouts, errors, hostile):
     with Grader("none", timeout=1.5) as grader:
-        grader._compare = hostile
+        grader._compare = hostile.hostile
         assert grader.grade(CLEAN + [boxed(answer)], CLEAN_GOLDS + ["1"]) == CLEAN_REWARDS + [0.0]
         assert (grader.timeouts, grader.errors) == (timeouts, errors)
         assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
         assert (grader.timeouts, grader.errors) == (timeouts, errors)
 
 
-def test_more_hangs_than_workers_do_not_stop_the_grading():
+def test_more_hangs_than_workers_do_not_stop_the_grading(hostile):
     with Grader("none", timeout=0.5) as grader:
-        grader._compare = hostile
+        grader._compare = hostile.hostile
         responses, golds = [boxed("hang")] * 4 + CLEAN, [str(i) for i in range(4)] + CLEAN_GOLDS
         start = time.monotonic()
         assert grader.grade(responses, golds) == [0.0] * 4 + CLEAN_REWARDS
@@ -1102,36 +1127,25 @@ def test_more_hangs_than_workers_do_not_stop_the_grading():
         assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
 
 
-def note_call(file: str, answer: str, golds: tuple) -> bool:
-    with open(file, "a") as out:
-        out.write(f"{answer}\n")
-    return answer in golds
-
-
-def test_each_distinct_pair_is_compared_once_but_every_response_counts(tmp_path):
+def test_each_distinct_pair_is_compared_once_but_every_response_counts(tmp_path, hostile):
     calls = tmp_path / "calls"
     with Grader("none") as grader:
-        grader._compare = partial(note_call, str(calls))
+        grader._compare = partial(hostile.note_call, str(calls))
         responses = [boxed(i % 3) for i in range(20)]
         assert grader.grade(responses, ["1"] * 20) == [float(i % 3 == 1) for i in range(20)]
         assert sorted(calls.read_text().split()) == ["0", "1", "2"]
         assert grader.graded == 20
 
 
-def test_waiting_for_a_worker_is_not_counted_as_running_time():
+def test_waiting_for_a_worker_is_not_counted_as_running_time(hostile):
     with Grader("none", workers=1, timeout=0.8) as grader:
-        grader._compare = slow
+        grader._compare = hostile.slow
         assert grader.grade([boxed(i) for i in range(8)], ["1"] * 8) == [1.0] * 8  # 1.6 s in all
 
 
-def slow(answer: str, golds: tuple) -> bool:
-    time.sleep(0.2)
-    return True
-
-
-def test_a_batch_of_mostly_errors_raises_the_first_error():
+def test_a_batch_of_mostly_errors_raises_the_first_error(hostile):
     with Grader("none") as grader:
-        grader._compare = hostile
+        grader._compare = hostile.hostile
         bugs = [boxed(f"bug {i}") for i in range(8)]
         with pytest.raises(RuntimeError, match=r"8 of 15 .*KeyError\('bug 0'\)"):
             grader.grade(bugs + CLEAN[:7], ["1"] * 15)
