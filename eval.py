@@ -90,7 +90,8 @@ def score(rows: list[dict], n: int, grader: Grader) -> dict[str, float | None]:
         measures[f"maj@{n}"] = np.array(majority(grader, groups))
     scores: dict[str, float | None] = {}
     for name, values in measures.items():
-        scores |= spread(name, values.mean(), values.std() / len(values) ** 0.5, len(values))
+        value, se = float(values.mean()), float(values.std()) / len(values) ** 0.5
+        scores |= measured(name, value, se, *interval(value, se, len(values)))
 
     lengths = np.array([row["length"] for row in rows])
     reflecting = np.array([reflects(row["response"]) for row in rows])
@@ -115,9 +116,8 @@ def score(rows: list[dict], n: int, grader: Grader) -> dict[str, float | None]:
     return scores | {"timeouts": timeouts, "errors": len(failures) - timeouts}
 
 
-def spread(name: str, value: float, se: float, problems: float) -> dict[str, float]:
-    low, high = interval(float(value), float(se), problems)
-    return {name: float(value), f"{name}_se": float(se), f"{name}_low": low, f"{name}_high": high}
+def measured(name: str, value: float, se: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_se": se, f"{name}_low": low, f"{name}_high": high}
 
 
 def mean(values: np.ndarray) -> float | None:
@@ -125,13 +125,17 @@ def mean(values: np.ndarray) -> float | None:
 
 
 def average(results: list[dict]) -> dict[str, float]:
-    """The unweighted mean over benchmarks of each measure that all have, with its own interval."""
-    names = [key[:-3] for key in results[0] if key.endswith("_se")]
-    size = len(results) ** 2 / sum(1 / r["problems"] for r in results)
+    """The unweighted mean over benchmarks of each measure, with its own interval: the distances
+    to the lower bounds add up as independent errors do, and so do those to the upper bounds
+    (Zou and Donner's MOVER, doi 10.1002/sim.3095)."""
     scores = {}
-    for name in [name for name in names if all(name in r for r in results)]:
-        se = sum(r[f"{name}_se"] ** 2 for r in results) ** 0.5 / len(results)
-        scores |= spread(name, np.mean([r[name] for r in results]), se, size)
+    for name in [key[:-3] for key in results[0] if key.endswith("_se")]:
+        value, se, low, high = np.array(  # (4, benchmarks)
+            [[r[name + part] for r in results] for part in ("", "_se", "_low", "_high")])
+        mean, parts = value.mean(), len(results)
+        below, above = (((value - bound) ** 2).sum() ** 0.5 / parts for bound in (low, high))
+        scores |= measured(name, float(mean), float((se**2).sum() ** 0.5 / parts),
+                           float(mean - below), float(mean + above))
     return scores
 
 

@@ -446,11 +446,11 @@ def load_task(task: str, tokenizer, template: Template, context: int,
                          "or .parquet file")
     elif not data_dir:
         source, subset, split, problem_column, answer_column = TASKS[task]
-    problems, dropped = load_problems(source, tokenizer, template, context - 1, subset, split,
+    problems, dropped = load_problems(source, tokenizer, template, sys.maxsize, subset, split,
                                       problem_column, answer_column)
-    if dropped["too_long"]:
-        raise ValueError(f"{dropped['too_long']} prompts of {task} leave no room for a response in "
-                         f"{context} tokens: raise --max-prompt-tokens")
+    if too_long := sum(len(p.prompt_ids) >= context for p in problems):
+        raise ValueError(f"{too_long} prompts of {task} leave no room for a response in {context} "
+                         "tokens: raise --max-prompt-tokens")
     if dropped["no_answer"]:
         raise ValueError(f"{dropped['no_answer']} rows of {task} have no answer: remove them, or "
                          "give another --answer-column")
