@@ -120,22 +120,22 @@ def measured(name: str, value: float, se: float, low: float, high: float) -> dic
     return {name: value, f"{name}_se": se, f"{name}_low": low, f"{name}_high": high}
 
 
-def mean(values: np.ndarray) -> float | None:
-    return float(values.mean()) if values.size else None
+def mean(values: np.ndarray | list) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
 def average(results: list[dict]) -> dict[str, float]:
     """The unweighted mean over benchmarks of each measure, with its own interval: the distances
     to the lower bounds add up as independent errors do, and so do those to the upper bounds
-    (Zou and Donner's MOVER, doi 10.1002/sim.3095)."""
+    (Zou and Donner, Statistics in Medicine 2008)."""
     scores = {}
     for name in [key[:-3] for key in results[0] if key.endswith("_se")]:
         value, se, low, high = np.array(  # (4, benchmarks)
             [[r[name + part] for r in results] for part in ("", "_se", "_low", "_high")])
-        mean, parts = value.mean(), len(results)
-        below, above = (((value - bound) ** 2).sum() ** 0.5 / parts for bound in (low, high))
-        scores |= measured(name, float(mean), float((se**2).sum() ** 0.5 / parts),
-                           float(mean - below), float(mean + above))
+        middle = float(value.mean())
+        error, below, above = (float((x**2).sum() ** 0.5) / len(results)
+                               for x in (se, value - low, high - value))
+        scores |= measured(name, middle, error, middle - below, middle + above)
     return scores
 
 
@@ -248,10 +248,6 @@ def timed(metrics: dict, phase: str) -> Iterator[None]:
 
 def summarize(rollouts: list, samples_per_prompt: int) -> dict[str, float | None]:
     """Metrics of a step's N responses, as the README explains them; None: no such response."""
-
-    def mean(values: list) -> float | None:
-        return sum(values) / len(values) if values else None
-
     rewards = np.array([r.reward for r in rollouts]).reshape(-1, samples_per_prompt)
     return {
         "reward": float(rewards.mean()),

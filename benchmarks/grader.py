@@ -82,8 +82,8 @@ def main() -> None:
     rows = [json.loads(text) for text in Path(sys.argv[1]).read_text().splitlines()]
     bombs = sum("bomb" in row["note"] for row in rows)
     right = sum(row["expected"] for row in rows)
-    print(f"{len(rows) - bombs} ordinary responses, {right} of them right, and {bombs} hostile ones; "
-          f"one worker each.", "; ".join(f"{p} {version(p)}" for p in (
+    print(f"{len(rows) - bombs} ordinary responses, {right} of them right, and {bombs} hostile "
+          "ones; one worker each.", "; ".join(f"{p} {version(p)}" for p in (
               "math-verify", "latex2sympy2_extended", "sympy", "pebble")) + "\n")
     head = ["grader", "false accepts", "false rejects", "ordinary responses/s", "hostile accepted",
             f"hangs (over {SLOW} s)", "longest hang (s)", "hostile responses (s)"]
