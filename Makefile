@@ -8,9 +8,9 @@ GPU := $(shell nvidia-smi -L 2>/dev/null)
 .PHONY: toy test
 toy: .venv/ready
 	.venv/bin/python drgrpo.py toy
-	.venv/bin/python eval.py --models runs/toy-base/model runs/toy/model \
-		--data runs/toy-base/test.jsonl --template none --max-response-tokens 72 \
-		--max-prompt-tokens 64
+	.venv/bin/python eval.py --model runs/toy-base/model runs/toy/model \
+		--tasks runs/toy-base/test.jsonl --template none --output runs/toy/eval \
+		--max-prompt-tokens 64 --max-response-tokens 72
 
 test: .venv/ready
 	.venv/bin/python -m pytest -q test_drgrpo.py

@@ -243,15 +243,19 @@ class Rollout:
 class Sampler:
     """vLLM in this process, one engine a rank, on the GPU that the policy trains on.
 
-    `context` is the longest prompt plus response, in tokens. Token ids go in and come out.
+    `context` is the longest prompt plus response, in tokens. Token ids go in and come out. With
+    `tensor_parallel` above 1, so many neighbouring ranks hold the model together: they must be
+    given the same prompts, and the same seed.
     """
 
-    def __init__(self, model: str, context: int, seed: int = 0, gpu_memory: float = 0.5):
+    def __init__(self, model: str, context: int, seed: int = 0, gpu_memory: float = 0.5,
+                 tensor_parallel: int = 1):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keep the engine in this process
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        self.tensor_parallel = tensor_parallel
         self.cuda = torch.cuda.is_available()
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         machine = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
@@ -259,6 +263,7 @@ class Sampler:
             machine = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True}
         self.llm = LLM(
             model, dtype=self.dtype, max_model_len=context, seed=seed, **machine,
+            tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher",  # a rank is a torchrun process
             logprobs_mode="processed_logprobs",  # of the distribution at this temperature
         )

