@@ -20,7 +20,7 @@ from math_verify import parse, verify
 from pebble import ProcessExpired, ProcessPool
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from analysis import markdown
+from eval import markdown
 from templates import TEMPLATES, Grader
 
 LIMIT = 30  # seconds a response; math-verify's own alarms end each of its three steps after 5
