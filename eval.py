@@ -374,6 +374,7 @@ def start_log(config, dropped: dict[str, int]):
     config.folder.mkdir(parents=True, exist_ok=True)
     settings = asdict(config) | {"dropped_problems": dropped}
     (config.folder / "config.json").write_text(json.dumps(settings, indent=2))
+    print(f"{config.folder}: rows of {config.dataset} that were dropped: {dropped}")
     if config.track == "no":
         return None
     if config.track == "wandb":
