@@ -47,6 +47,7 @@ import tyro
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -502,8 +503,9 @@ def save_checkpoint(model: torch.nn.Module, tokenizer, folder: Path) -> None:
 # ------------------------------------------------------------------------------------- ranks
 
 
-def start_ranks() -> torch.device:
-    """Join the process group that torchrun describes; without torchrun, a group of one."""
+def start_ranks(name: str = "") -> torch.device:
+    """Join the process group that torchrun describes; without torchrun, a group of one. Another
+    one after `Sampler.close` needs another name: the store still has the first one's addresses."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
     for key, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
         os.environ.setdefault(key, value)
@@ -511,7 +513,9 @@ def start_ranks() -> torch.device:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                            store=dist.PrefixStore(name, store), rank=rank, world_size=world)
     return device
 
 

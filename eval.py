@@ -564,7 +564,7 @@ def measure(config: Config, cells: list[Cell]) -> list[dict]:
 
     results = []
     for model in config.model:
-        start_ranks()
+        start_ranks(model)
         sampler = Sampler(model, config.context, config.seed, config.gpu_memory,
                           config.tensor_parallel)
         for cell in [cell for cell in cells if cell.settings["model"] == model]:
