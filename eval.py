@@ -253,7 +253,7 @@ def scores_table(rows: list[dict], n: int) -> str:
          *(with_interval(row, name) for name in measures),
          *(number(row.get(key)) for key in ("boxed", "unparsed", "truncated")),
          "/".join(number(row.get(f"length_{key}"), 0) for key in ("right", "wrong")),
-         f"{row.get('timeouts', '')}/{row.get('errors', '')}"] for row in rows])
+         f"{row['timeouts']}/{row['errors']}" if "errors" in row else ""] for row in rows])
 
 
 ANALYSIS = {"answered": "answers", "accuracy": "accuracy", "reflection": "reflects: responses",
