@@ -62,7 +62,7 @@ from templates import (TEMPLATES, Grader, Problem, derive_seed, load_problems, l
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. The defaults are the paper's; the presets below say what differs."""
+    """Settings of a run. The defaults are the paper's, but for tis_cap: it had none."""
 
     name: str  # the run's folder is runs/NAME
     model: str  # folder or hub name of the base model
@@ -108,6 +108,8 @@ class Config:
         """Refuse what cannot work. Raises ValueError that says what to do instead."""
         wrong = [f"{key} must be above 0" for key, value in vars(self).items()
                  if type(value) in (int, float) and key != "seed" and not value > 0]
+        if self.seed < 0:
+            wrong.append("seed must be 0 or more")
         if self.top_p != 1:
             wrong.append("top_p must be 1: the cut distribution that is sampled would not be the "
                          "one that is trained; lower the temperature instead")

@@ -367,6 +367,7 @@ def test_a_round_in_which_no_response_has_an_advantage_still_takes_part():
     ({"responses_per_update": 100}, "must divide"),
     ({"template": "chatty"}, "qwen_math, r1, none"),
     ({"steps": 0}, "steps must be above 0"),
+    ({"seed": -1}, "seed must be 0 or more"),
     ({"tis_cap": -1.0}, "tis_cap must be above 0"),
 ])  # fmt: skip
 def test_wrong_settings_are_refused_with_what_to_do(settings, message):
