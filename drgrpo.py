@@ -6,8 +6,9 @@ and is moved towards those. For responses i = 1..G to one problem, with rewards 
     loss = 1/(N * L_max) * sum_i sum_t max(-A_i * ratio_it, -A_i * clip(ratio_it, 1-eps, 1+eps))
     A_i  = r_i - mean(r_1..r_G)             ratio_it = exp(logprob_it - old_logprob_it)
 
-where N counts the responses of the optimizer step and L_max is the longest that one may be. GRPO
-differs in two places, and each of them is a bias (arXiv 2503.20783, section 3):
+where N counts the responses of the optimizer step and L_max is the longest that one may be. (By
+default each token's term is also multiplied by min(trainer/sampler probability, tis_cap), a
+constant.) GRPO differs in two places, and each of them is a bias (arXiv 2503.20783, section 3):
 
   1. it divides A_i by the group's standard deviation, so problems that are nearly always or
      nearly never solved weigh more than the others;
@@ -31,6 +32,7 @@ Not a framework: copy this file and change it.
 import gc
 import importlib.util
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -75,7 +77,7 @@ class Config:
     template: str = "qwen_math"  # how a problem becomes a prompt, and where the answer stands
     eval_dataset: str | None = None  # scored before and after training and every eval_every steps
     eval_split: str = "test"  # its columns are those of the dataset
-    eval_every: int = 16  # steps
+    eval_every: int = 16  # steps from one evaluation and checkpoint to the next
     seed: int = 0  # of the order of the problems and of every draw
 
     steps: int = 300  # rounds of sampling and learning
@@ -106,21 +108,20 @@ class Config:
 
     def __post_init__(self):
         """Refuse what cannot work. Raises ValueError that says what to do instead."""
+        n = self.prompts_per_step * self.samples_per_prompt
         wrong = [f"{key} must be above 0" for key, value in vars(self).items()
                  if type(value) in (int, float) and key != "seed" and not value > 0]
-        if self.seed < 0:
-            wrong.append("seed must be 0 or more")
-        if self.top_p != 1:
-            wrong.append("top_p must be 1: the cut distribution that is sampled would not be the "
-                         "one that is trained; lower the temperature instead")
-        if self.samples_per_prompt < 2:
-            wrong.append("samples_per_prompt must be 2 or more: a group of 1 has no advantage")
-        n = self.prompts_per_step * self.samples_per_prompt
-        if self.responses_per_update > 0 and n % self.responses_per_update:
-            wrong.append(f"responses_per_update {self.responses_per_update} must divide "
-                         f"prompts_per_step * samples_per_prompt = {n}")
-        if self.template not in TEMPLATES:
-            wrong.append(f"template {self.template!r} must be one of {', '.join(TEMPLATES)}")
+        wrong += [message for is_wrong, message in (
+            (self.seed < 0, "seed must be 0 or more"),
+            (self.top_p != 1, "top_p must be 1: the cut distribution that is sampled would not be "
+             "the one that is trained; lower the temperature instead"),
+            (self.samples_per_prompt < 2, "samples_per_prompt must be 2 or more: a group of 1 has "
+             "no advantage"),
+            (self.responses_per_update > 0 and n % self.responses_per_update,
+             f"responses_per_update {self.responses_per_update} must divide prompts_per_step * "
+             f"samples_per_prompt = {n}"),
+            (self.template not in TEMPLATES,
+             f"template {self.template!r} must be one of {', '.join(TEMPLATES)}")) if is_wrong]
         if wrong:
             raise ValueError("; ".join(wrong))
 
@@ -246,9 +247,8 @@ class Rollout:
 class Sampler:
     """vLLM in this process, one engine a rank, on the GPU that the policy trains on.
 
-    `context` is the longest prompt plus response, in tokens. Token ids go in and come out. With
-    `tensor_parallel` above 1, so many neighbouring ranks hold the model together: they must be
-    given the same prompts, and the same seed.
+    `context` is the longest prompt plus response, in tokens. Token ids go in and come out. So many
+    neighbouring ranks as `tensor_parallel` hold a model together: give them the same prompts.
     """
 
     def __init__(self, model: str, context: int, seed: int = 0, gpu_memory: float = 0.5,
@@ -346,7 +346,9 @@ def score(grader: Grader, problems: list[Problem], rollouts: list[Rollout],
     for rollout, reward in zip(rollouts, rewards, strict=True):
         # a truncated response gets 0 even if it holds the right answer, and stays in the loss
         rollout.reward = 0.0 if rollout.finish_reason == "length" else reward
-    rollouts = [r for part in all_gather(rollouts) for r in part]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rollouts)
+    rollouts = [r for part in parts for r in part]
     rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples_per_prompt)
     advantages = group_advantages(rewards, config.divide_by_std).flatten().tolist()
     return [replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
@@ -455,7 +457,7 @@ def backward(forward, batch: MicroBatch, config: Config) -> dict[str, torch.Tens
 
 def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
            updates: list[list[MicroBatch]], config: Config) -> dict[str, float]:
-    """Take the round's optimizer steps. Returns metrics over all its response tokens and ranks.
+    """Take the round's optimizer steps. Returns metrics over all tokens trained, of all ranks.
 
     Before an update is made, raises RuntimeError if the sampler's log-probs are not the trainer's
     and FloatingPointError if a loss or the gradient is not finite.
@@ -490,16 +492,21 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def save_checkpoint(model: torch.nn.Module, tokenizer, folder: Path) -> None:
-    """Write a checkpoint that transformers and vLLM load, in the base model's precision."""
+    """Write a checkpoint that transformers and vLLM load, in the base model's precision. What was
+    in the folder stays until all is written."""
     rank, tied, weights = dist.get_rank(), model.config.tie_word_embeddings, {}
     for name, weight in full_weights(model, model.config.dtype):  # every rank takes part
         if rank == 0 and not (tied and name == "lm_head.weight"):
             weights[name] = weight.to("cpu", copy=True)  # it may be a view of padded shards
     if rank == 0:
-        folder.mkdir(exist_ok=True)
-        save_torch_state_dict(weights, folder)
+        new = folder.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        save_torch_state_dict(weights, new)
         for part in (model.config, model.generation_config, tokenizer):
-            part.save_pretrained(folder)
+            part.save_pretrained(new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
 
 
 # ------------------------------------------------------------------------------------- ranks
@@ -519,13 +526,6 @@ def start_ranks(name: str = "") -> torch.device:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                             store=dist.PrefixStore(name, store), rank=rank, world_size=world)
     return device
-
-
-def all_gather(value) -> list:
-    """Every rank's value, in the order of the ranks."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def all_reduce(values: dict) -> dict[str, float]:
@@ -551,7 +551,10 @@ def prepare(config: Config):
                    max_prompt_tokens=config.max_prompt_tokens, subset=config.subset,
                    problem_column=config.problem_column, answer_column=config.answer_column)
     problems, dropped = load(config.dataset, split=config.split, levels=config.levels)
-    held_out = load(config.eval_dataset, split=config.eval_split)[0] if config.eval_dataset else []
+    held_out, lost = [], {}
+    if config.eval_dataset:
+        held_out, lost = load(config.eval_dataset, split=config.eval_split)
+    dropped |= {f"eval_{reason}": count for reason, count in lost.items()}
     return tokenizer, problems, held_out, dropped
 
 
@@ -569,7 +572,10 @@ def train(config: Config, tokenizer, problems: list[Problem], held_out: list[Pro
     bar = tqdm(range(config.steps + 1), desc=config.name, disable=rank > 0)
     for step in bar:
         metrics, rollouts = {"step": step}, []
-        if held_out and (step % config.eval_every == 0 or step == config.steps):
+        milestone = step % config.eval_every == 0 or step == config.steps
+        if milestone and step > 0:
+            save_checkpoint(model, tokenizer, config.folder / "model")
+        if milestone and held_out:
             with timed(metrics, "eval"):
                 scores = evaluate(sampler, grader, held_out, config.max_response_tokens)
             metrics |= {f"eval_{key}": value for key, value in scores.items()}
@@ -587,11 +593,10 @@ def train(config: Config, tokenizer, problems: list[Problem], held_out: list[Pro
                 sampler.wake(model)
             metrics |= summarize(rollouts, config.samples_per_prompt)
             metrics |= all_reduce({"timeouts": grader.timeouts, "errors": grader.errors})
-        if rank == 0:
+        if rank == 0 and len(metrics) > 1:
             record(config, metrics, problems, rollouts, writer)
             shown = {key: metrics.get(key) for key in ("reward", "length", "gap", "eval_accuracy")}
             bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None})
-    save_checkpoint(model, tokenizer, config.folder / "model")
     grader.close()
     sampler.close()
     if rank == 0:

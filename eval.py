@@ -535,6 +535,10 @@ def prepare(config: Config) -> list[Cell]:
     if config.n < 1 or config.temperature < 0 or (config.n > 1 and config.temperature == 0):
         raise ValueError(f"n {config.n} at temperature {config.temperature}: n must be 1 or more, "
                          "and above 1 only with a --temperature above 0")
+    if config.seed < 0 or min(config.tensor_parallel, config.max_response_tokens,
+                              1 if config.limit is None else config.limit) < 1:
+        raise ValueError("seed must be 0 or more; limit, tensor_parallel and max_response_tokens "
+                         "1 or more")
     if config.judge and not (config.judge_model and config.analyse):
         raise ValueError("--judge needs --judge-model and --analyse")
     if int(os.environ.get("WORLD_SIZE", 1)) % config.tensor_parallel:
@@ -575,6 +579,7 @@ def measure(config: Config, cells: list[Cell]) -> list[dict]:
             results.append(cell.settings | cell.labels | {
                 "problems": len(cell.problems), "long_prompts": squeezed} | scores)
         sampler.close()
+        del sampler  # the next engine needs the memory
     return results
 
 

@@ -391,9 +391,10 @@ def load_tokenizer(model: str, context: int):
             f"prompt and response may together have {context} tokens, but the context of {model} "
             f"is {config.max_position_embeddings}: lower --max-prompt-tokens or "
             "--max-response-tokens")
-    if getattr(config, "attention_dropout", 0):
-        raise ValueError(f"{model} has dropout, with which no log-prob is ever the same twice: "
-                         "set attention_dropout to 0 in its config.json")
+    if drops := [key for key, value in config.to_dict().items() if value
+                 and ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float)]:
+        raise ValueError(f"{model} has dropout, with which no log-prob is ever the same twice: set "
+                         f"{', '.join(drops)} to 0 in its config.json")
     return tokenizer
 
 
@@ -431,7 +432,13 @@ def load_problems(source: str, tokenizer, template: Template, max_prompt_tokens:
         answer = "" if row[answer_column] is None else row[answer_column]
         if isinstance(answer, str):  # GSM8K writes the reasoning there, and then #### and the gold
             answer = answer.rpartition("####")[2]
-        golds = gold_answers(answer)
+        if not isinstance(row[problem_column], str):
+            raise ValueError(f"{source}: column {problem_column} must hold text, not "
+                             f"{row[problem_column]!r}")
+        try:
+            golds = gold_answers(answer)
+        except TypeError as error:
+            raise ValueError(f"{source}, column {answer_column}: {error}") from error
         prompt = template.render(row[problem_column])
         # one BOS, also where the template writes it itself
         has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
@@ -497,6 +504,6 @@ def step_problems(count: int, step: int, per_step: int, seed: int) -> list[int]:
 
 
 def derive_seed(*parts: int) -> int:
-    """A seed for every draw, made of the run's seed, the step and the prompt: no draw depends on
-    the number of ranks or on what was drawn before."""
+    """A seed for a draw, made of the run's seed, the step and the prompt: no draw depends on the
+    number of ranks or on what was drawn before. (0, 5) and (0, 5, 0) give the same seed."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 2)

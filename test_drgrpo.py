@@ -425,6 +425,25 @@ def test_problems_are_read_filtered_and_counted(toy, tmp_path, kind):
     assert problems[0].prompt_ids == tokenizer("What is 1+1?\n")["input_ids"]
 
 
+@pytest.mark.parametrize("row, message", [
+    ({"problem": None, "answer": "1"}, "column problem must hold text"),
+    ({"problem": "1+1", "answer": {"a": 1}}, "column answer: a gold must be"),
+])  # fmt: skip
+def test_rows_of_the_wrong_kind_are_named(toy, tmp_path, row, message):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"problem": "1", "answer": row["answer"]}) + "\n" + json.dumps(row))
+    tokenizer = load_tokenizer(str(toy / "model"), 100)
+    with pytest.raises(ValueError, match=message):
+        load_problems(str(file), tokenizer, TEMPLATES["none"], 64)
+
+
+def test_a_model_with_dropout_is_refused(toy, tmp_path):
+    tiny_model(attention_dropout=0.1).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(toy / "model").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="set attention_dropout to 0"):
+        load_tokenizer(str(tmp_path), 100)
+
+
 def test_a_template_that_writes_bos_gets_one_bos(toy, tmp_path):
     from tokenizers import processors
 
@@ -667,7 +686,9 @@ def test_a_checkpoint_loads_with_the_same_logprobs(ranks, toy, tmp_path, tied, d
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)  # exact in bf16
-    drgrpo.save_checkpoint(model, tokenizer, tmp_path / "model")
+    for _ in range(2):  # the second replaces the first
+        drgrpo.save_checkpoint(model, tokenizer, tmp_path / "model")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["base", "model"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert type(saved) is Qwen2ForCausalLM and saved.dtype == dtype
