@@ -147,7 +147,9 @@ MAX_MATH_CHARS = 300  # longer texts are compared only as strings
 # LaTeX only: math-verify's plain-number extractor picks a stray number out of LaTeX it cannot read.
 LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 # what may stand to the left of an equals sign: x, \theta, a_1, f(x), |AB|, \mathrm{Area}
-NAME = re.compile(r"([a-zA-Z|\s{}(),']|\\(?!frac|sqrt|cdot|times)[a-zA-Z]+|_\{?\w+\}?|\^\{-1\})+")
+# Possessive (++): there are exponentially many ways to split it, and a mismatch would try them all.
+NAME = re.compile(
+    r"(?:[a-zA-Z|\s{}(),']|\\(?!frac|sqrt|cdot|times)[a-zA-Z]++|_\{?\w++\}?|\^\{-1\})++")
 
 
 def gold_answers(cell: str | int | float | list) -> list[str]:

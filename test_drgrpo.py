@@ -407,6 +407,14 @@ def test_a_run_is_never_overwritten(toy, tmp_path, monkeypatch):
         drgrpo.prepare(TOY)
 
 
+def test_rows_dropped_from_the_held_out_problems_are_counted_too(toy, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "2+2", "answer": " "}]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, _, problems, dropped = drgrpo.prepare(replace(TOY, name="none", eval_dataset=str(held_out)))
+    assert len(problems) == 1 and (dropped["eval_no_answer"], dropped["no_answer"]) == (1, 0)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_problems_are_read_filtered_and_counted(toy, tmp_path, kind):
     import datasets
@@ -793,6 +801,28 @@ def test_a_run_leaves_metrics_samples_curves_and_a_checkpoint(run_of_one):
     AutoModelForCausalLM.from_pretrained(run / "model")
 
 
+SAVES = """
+import sys, drgrpo
+from dataclasses import replace
+from test_drgrpo import TOY
+drgrpo.save_checkpoint = lambda model, tokenizer, folder: print("saved", folder)
+if __name__ == "__main__":  # the grader's workers import this file
+    model, data = sys.argv[1:]
+    config = replace(TOY, model=model, dataset=data, eval_dataset=None, steps=3, eval_every=2,
+                     prompts_per_step=2, samples_per_prompt=4, responses_per_update=8)
+    drgrpo.train(config, *drgrpo.prepare(config))
+"""
+
+
+def test_weights_are_saved_on_the_way_and_steps_without_metrics_leave_no_line(toy, tmp_path):
+    script = tmp_path / "saves.py"
+    script.write_text(SAVES)
+    printed = launch(1, script, toy / "model", toy / "train.jsonl", folder=tmp_path)
+    assert printed.count("saved runs/toy/model") == 2, "after step 2, and at the end"
+    rows = (tmp_path / "runs" / "toy" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 1, 2]
+
+
 def test_two_ranks_make_the_run_of_one(toy, run_of_one, tmp_path):
     _, one, samples_of_one = run_of_one
     run, two, samples = whole_run(toy, tmp_path, 2)
@@ -1051,6 +1081,13 @@ def test_rewards_are_one_or_zero_in_the_order_of_the_responses(grader):
     assert all(isinstance(reward, float) for reward in rewards)
     assert (grader.graded - before, grader.timeouts, grader.errors) == (6, 0, 0)
     assert grader.grade([], []) == []
+
+
+def test_many_symbols_left_of_an_equals_sign_take_no_time(grader):
+    before = grader.timeouts
+    responses = [boxed("\\alpha" * 20 + "+1=5"), boxed("x" + "_a" * 30 + "+1=5")]
+    assert grader.grade(responses, ["5", "5"]) == [0.0, 0.0]
+    assert grader.timeouts == before
 
 
 def test_as_many_answers_as_responses(grader):
@@ -1425,12 +1462,13 @@ def scored_alone(toy, tmp_path_factory):
     return score_toy(toy, tmp_path_factory.mktemp("eval"), 1)
 
 
-def score_toy(toy, folder, ranks):
-    printed = launch(ranks, HERE / "eval.py", "--model", toy / "model", "--tasks",
+def score_toy(toy, folder, ranks, *more_models):
+    printed = launch(ranks, HERE / "eval.py", "--model", toy / "model", *more_models, "--tasks",
                      toy / "test.jsonl", "--output", folder, "--n", 4, "--temperature", 1,
                      "--limit", 41, "--seed", 3, *TOY_EVAL)
-    (file,) = folder.glob("*_none_*.jsonl")
-    return printed, (folder / "results.json").read_text(), file
+    files = list(folder.glob("*_none_*.jsonl"))
+    assert len(files) == 1 + len(more_models)
+    return printed, (folder / "results.json").read_text(), files[0]
 
 
 def test_the_command_prints_a_table_and_leaves_what_traces_a_number(toy, scored_alone):
@@ -1452,9 +1490,14 @@ def test_the_command_prints_a_table_and_leaves_what_traces_a_number(toy, scored_
 def test_two_ranks_that_end_an_interrupted_run_give_the_numbers_of_one(toy, scored_alone, tmp_path):
     _, results, file = scored_alone
     (tmp_path / file.name).write_bytes(file.read_bytes()[:5000])
-    _, results_of_two, file_of_two = score_toy(toy, tmp_path, 2)
-    assert file_of_two.read_bytes() == file.read_bytes()
-    assert results_of_two == results
+    again = tmp_path / "again"  # a second model under one torchrun: a second process group
+    again.symlink_to(toy / "model")
+    _, results_of_two, _ = score_toy(toy, tmp_path, 2, again)
+    assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+    (expected,) = json.loads(results)["results"]
+    first, second = json.loads(results_of_two)["results"]
+    assert first == expected
+    assert second == expected | {"model": str(again), "run": second["run"]}
 
 
 @pytest.fixture
