@@ -30,7 +30,6 @@ Not a framework: copy this file and change it.
 """
 
 import gc
-import importlib.util
 import os
 import shutil
 import sys
@@ -48,16 +47,19 @@ import torch.nn.functional as F
 import tyro
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
+                                    fully_shard)
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from eval import evaluate, plot_curves, record, start_log, summarize, timed
-from templates import (TEMPLATES, Grader, Problem, derive_seed, load_problems, load_tokenizer,
-                       step_problems)
+from templates import TEMPLATES, Grader, Problem, derive_seed, prepare, step_problems
+
+CUDA = torch.cuda.is_available()  # else everything runs on the CPU, in fp32
+DEVICE = "cuda" if CUDA else "cpu"
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -96,15 +98,17 @@ class Config:
     divide_by_std: bool = False  # True is GRPO's first bias
     divide_by_length: bool = False  # True is GRPO's second bias
     # stop if trainer and sampler log-probs differ by more, in nats a token (bf16 rounds)
-    max_gap: float = 0.1 if torch.cuda.is_available() else 1e-3
+    max_gap: float = 0.1 if CUDA else 1e-3
 
-    tokens_per_microbatch: int = 16384  # rows times longest row: memory, not the gradient
-    pack: bool = False  # lay a micro-batch out in one row without padding: not the gradient
+    tokens_per_microbatch: int = 16384  # prompts and responses: memory, not the gradient
     activation_checkpointing: bool = True  # recompute activations: memory, not the gradient
-    gpu_memory: float = 0.5  # share of a GPU's memory that vLLM takes while it is awake
+    offload: bool = False  # keep master weights and optimizer in the CPU's memory
+    compile: bool = False  # torch.compile the layers: minutes at first, then quicker
     grader_workers: int = 2  # processes a rank that compare answers
     grader_timeout: float = 5.0  # seconds a comparison; then the reward is 0, and it is counted
     track: Literal["no", "tensorboard", "wandb"] = "no"  # log to a tracker too
+    plan: bool = False  # only check everything, and print what the run needs; no GPU, no weights
+    gpus: int = 8  # that --plan reckons with; torchrun says how many a run has
 
     def __post_init__(self):
         """Refuse what cannot work. Raises ValueError that says what to do instead."""
@@ -138,7 +142,7 @@ class Config:
 
 # ----------------------------------------------------------------------------- the algorithm
 
-LOGITS_AT_ONCE = 2**27  # R * V of a chunk of the head: 0.5 GiB in fp32
+LOGITS_AT_ONCE = 2**27  # rows * V of a chunk of the head: 0.5 GiB in fp32
 
 
 def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torch.Tensor:
@@ -191,37 +195,86 @@ def drgrpo_loss(
 
 
 def token_logprobs(model: torch.nn.Module, ids: torch.Tensor, response_mask: torch.Tensor,
-                   temperature: float = 1.0, pack: bool = False) -> torch.Tensor:
+                   temperature: float = 1.0) -> torch.Tensor:
     """Log-probs of the response tokens: ids (B, T), response_mask (B, T-1) -> (B, T-1) in fp32.
 
-    Column t belongs to token t+1, given tokens 0..t; it is 0 where response_mask is 0. Rows are
-    padded on the right with anything: attention is causal, so no real token sees the padding.
-    `pack` instead drops the padding and lays all rows out in one, each with positions from 0.
+    Column t belongs to token t+1, given tokens 0..t; it is 0 where response_mask is 0. The model
+    sees each row up to its last response token, all rows laid end to end in one, each with
+    positions from 0: no padding is computed, and no row sees another.
     """
     mask, targets = response_mask.bool(), ids[:, 1:]
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    # use_cache=False: with a cache, transformers lets packed sequences attend to each other
-    if pack:
-        column = torch.arange(ids.shape[1], device=ids.device)
-        length = (mask * (column[1:] + 1)).amax(dim=1, keepdim=True).clamp(min=1)  # (B, 1)
-        real = column < length  # (B, T), true up to the last response token
-        positions = column.expand_as(ids)[real]  # (S,), e.g. 0 1 2 3 0 1 2 for lengths 4 and 3
-        hidden = decoder(ids[real][None], position_ids=positions[None], use_cache=False)[0][0]
-        row = real.flatten().cumsum(0).view_as(ids) - 1  # (B, T): where each token went
-        hidden = hidden[row[:, :-1][mask]]
-    else:
-        hidden = decoder(ids, use_cache=False)[0][:, :-1][mask]  # (R, D), R response tokens
-
-    def chunk_logprobs(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = head(hidden).float() / temperature
-        return -F.cross_entropy(logits, targets, reduction="none")
-
-    # recomputed in the backward pass, a chunk at a time: (R, V) logits never exist
-    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    chunks = zip(hidden.split(size), targets[mask].split(size), strict=True)
-    values = [checkpoint(chunk_logprobs, h, y, use_reentrant=False) for h, y in chunks]
+    column = torch.arange(ids.shape[1], device=ids.device)
+    lengths = (mask * (column[1:] + 1)).amax(dim=1).clamp(min=1)  # (B,)
+    real = column < lengths[:, None]  # (B, T), S of them true
+    # use_cache=False: with a cache, transformers' own attention does not keep the rows apart
+    hidden = model.get_decoder()(  # (1, S, D)
+        ids[real][None], position_ids=column.expand_as(ids)[real][None], use_cache=False,
+        lengths=lengths.cpu(), ends=F.pad(lengths.cumsum(0), (1, 0)).int())[0]
+    place = real.flatten().cumsum(0).view_as(ids) - 1  # (B, T), where in S each token went
+    values = HeadLogprobs.apply(hidden[0, place[:, :-1][mask]],  # (R, D), R response tokens
+                                model.get_output_embeddings().weight, targets[mask], temperature)
     zeros = torch.zeros(targets.shape, dtype=torch.float32, device=ids.device)
-    return zeros.masked_scatter(mask, torch.cat(values))
+    return zeros.masked_scatter(mask, values)
+
+
+@torch.compiler.disable
+def packed_attention(module, query, key, value, attention_mask=None, scaling=None, *,
+                     lengths: torch.Tensor, ends: torch.Tensor, **kwargs):
+    """Causal attention within each of B sequences laid end to end, as transformers calls it.
+
+    query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d); lengths (B,) on the CPU,
+    ends (B+1,) from 0 to S.
+    """
+    gqa, longest = query.shape[1] != key.shape[1], lengths.max().item()
+    if query.is_cuda:  # a kernel without padding, in half precision
+        out = varlen_attn(*(x.squeeze(0).transpose(0, 1) for x in (query, key, value)), ends, ends,
+                          longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
+        return out.unsqueeze(0), None
+    rows = zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)), strict=True)
+    out = [F.scaled_dot_product_attention(*row, is_causal=True, scale=scaling, enable_gqa=gqa)
+           for row in rows]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+class HeadLogprobs(torch.autograd.Function):
+    """log_softmax(hidden @ weight.T / temperature) at `targets`, in fp32, a chunk at a time.
+
+    hidden (R, D), weight (V, D), targets (R,) -> (R,). The backward pass makes each chunk's logits
+    again, so that (R, V) of them never exist, and adds up the weight's gradient in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = temperature
+        values = [head_logits(h, weight, temperature).log_softmax(dim=1).gather(1, y)
+                  for h, y in chunks(weight, hidden, targets.unsqueeze(1))]
+        return torch.cat(values).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad):  # of the logit of token v: grad / temperature * (1[v = y] - p(v))
+        hidden, weight, targets = ctx.saved_tensors
+        grad, targets, grad_hidden = grad.unsqueeze(1) / ctx.temperature, targets.unsqueeze(1), []
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for h, y, g in chunks(weight, hidden, targets, grad):
+            probs = head_logits(h, weight, ctx.temperature).softmax(dim=1)
+            grad_logits = probs.mul_(-g).scatter_add_(1, y, g).to(weight.dtype)
+            grad_hidden.append(grad_logits @ weight)
+            grad_weight += grad_logits.T @ h
+        return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None
+
+
+def chunks(weight: torch.Tensor, *tensors: torch.Tensor):
+    return zip(*(x.split(max(1, LOGITS_AT_ONCE // len(weight))) for x in tensors), strict=True)
+
+
+def head_logits(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """(R, D), (V, D) -> (R, V) in fp32; of bf16 factors on CUDA, never rounded to bf16."""
+    exact = {"out_dtype": torch.float32} if hidden.is_cuda else {}
+    return torch.mm(hidden, weight.T, **exact).float().div_(temperature)
 
 
 # ---------------------------------------------------------------------------------- rollouts
@@ -248,22 +301,25 @@ class Sampler:
     """vLLM in this process, one engine a rank, on the GPU that the policy trains on.
 
     `context` is the longest prompt plus response, in tokens. Token ids go in and come out. So many
-    neighbouring ranks as `tensor_parallel` hold a model together: give them the same prompts.
+    neighbouring ranks as `tensor_parallel` hold a model together: give them the same prompts. The
+    engine takes what memory is free now, but for a margin and `reserve` bytes.
     """
 
-    def __init__(self, model: str, context: int, seed: int = 0, gpu_memory: float = 0.5,
-                 tensor_parallel: int = 1):
+    def __init__(self, model: str, context: int, seed: int = 0, tensor_parallel: int = 1,
+                 reserve: int = 0):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keep the engine in this process
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
         self.tensor_parallel = tensor_parallel
-        self.cuda = torch.cuda.is_available()
-        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        self.dtype = torch.bfloat16 if CUDA else torch.float32
         machine = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
-        if self.cuda:
-            machine = {"gpu_memory_utilization": gpu_memory, "enable_sleep_mode": True}
+        if CUDA:
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            machine = {"gpu_memory_utilization": (0.95 * free - reserve) / total,
+                       "enable_sleep_mode": True}
         self.llm = LLM(
             model, dtype=self.dtype, max_model_len=context, seed=seed, **machine,
             tensor_parallel_size=tensor_parallel,
@@ -272,35 +328,45 @@ class Sampler:
         )
 
     def generate(self, problems: list[Problem], seeds: list[int], n: int, max_tokens: int,
-                 temperature: float, stop: tuple[str, ...]) -> list[list[Rollout]]:
-        """n responses to each problem; a draw depends on its seed and not on its neighbours."""
+                 temperature: float, stop: tuple[str, ...], finished=None) -> list[list[Rollout]]:
+        """n responses to each problem; a draw depends on its seed and not on its neighbours.
+        finished(i, responses) is called as soon as all responses to problem i are there."""
         from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
 
-        params = [SamplingParams(n=n, seed=seed, temperature=temperature, max_tokens=max_tokens,
-                                 logprobs=0, flat_logprobs=True, stop=list(stop),
-                                 include_stop_str_in_output=True) for seed in seeds]
-        prompts = [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in problems]
-        outputs = self.llm.generate(prompts, params, use_tqdm=False) if prompts else []
-        return [[Rollout(i, problems[i].prompt_ids, list(o.token_ids), list(o.logprobs.logprobs),
-                         o.text, o.finish_reason) for o in output.outputs]
-                for i, output in enumerate(outputs)]
+        engine, groups = self.llm.llm_engine, {}
+        for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
+            engine.add_request(str(i), TokensPrompt(prompt_token_ids=problem.prompt_ids),
+                               SamplingParams(
+                n=n, seed=seed, temperature=temperature, max_tokens=max_tokens, logprobs=0,
+                flat_logprobs=True, stop=list(stop), include_stop_str_in_output=True,
+                output_kind=RequestOutputKind.FINAL_ONLY))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                i = int(output.request_id)
+                groups[i] = [Rollout(i, problems[i].prompt_ids, list(o.token_ids),
+                                     list(o.logprobs.logprobs), o.text, o.finish_reason)
+                             for o in output.outputs]
+                if finished:
+                    finished(i, groups[i])
+        return [groups[i] for i in range(len(problems))]
 
     def sleep(self) -> None:
         """Hand the GPU's memory to the policy; the engine has no weights until `wake`."""
-        if self.cuda:
+        if CUDA:
             self.llm.sleep(level=2)
             torch.cuda.empty_cache()
 
     def wake(self, model: torch.nn.Module) -> None:
         """Take the memory back and load the policy's weights: one operation, lest it samples
         from discarded or old weights."""
-        if self.cuda:
+        if CUDA:
             gc.collect()
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={
             "weights_iterator": full_weights(model, self.dtype), "is_checkpoint_format": True})
-        if self.cuda:
+        if CUDA:
             torch.cuda.empty_cache()  # what gathering left behind, before the cache is allocated
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():  # it holds keys and values of the old weights
@@ -317,20 +383,23 @@ def full_weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[s
     From state_dict: named_parameters would leave out a head that is tied to the embedding.
     """
     for name, weight in model.state_dict().items():
-        weight = weight.detach().to(dtype)  # before gathering: half the traffic
+        weight = weight.detach().to(DEVICE, dtype)  # before gathering: half the traffic
         yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def sample(sampler: Sampler, problems: list[Problem], config: Config, step: int) -> list[Rollout]:
-    """This rank's share of the step's responses, in the order of the prompts."""
+def sample(sampler: Sampler, grader: Grader, problems: list[Problem], config: Config,
+           step: int) -> list[Rollout]:
+    """This rank's share of the step's responses, in the order of the prompts. The grader starts
+    on a problem's responses as soon as they are there, while others are still being sampled."""
     chosen = step_problems(len(problems), step, config.prompts_per_step, config.seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     places = range(len(chosen) * rank // world, len(chosen) * (rank + 1) // world)
+    mine = [problems[chosen[i]] for i in places]
     groups = sampler.generate(
-        [problems[chosen[i]] for i in places],
-        [derive_seed(config.seed, step, i) for i in places],
+        mine, [derive_seed(config.seed, step, i) for i in places],
         config.samples_per_prompt, config.max_response_tokens, config.temperature,
-        TEMPLATES[config.template].stop)
+        TEMPLATES[config.template].stop,
+        lambda i, group: grader.start([r.text for r in group], [mine[i].answers] * len(group)))
     return [replace(r, problem=chosen[i]) for i, group in zip(places, groups) for r in group]
 
 
@@ -367,7 +436,7 @@ class MicroBatch:
     old_logprobs: torch.Tensor | None = None  # (B, T-1)
 
 
-def collate(rollouts: list[Rollout], device: str | torch.device = "cpu") -> MicroBatch:
+def collate(rollouts: list[Rollout]) -> MicroBatch:
     """Rollouts as the rows of one batch. A prompt [5, 6] with the response [7, 8, 1] becomes
 
         ids            5 6 7 8 1
@@ -381,58 +450,67 @@ def collate(rollouts: list[Rollout], device: str | torch.device = "cpu") -> Micr
         mask[i, response] = 1
         sampler_logprobs[i, response] = torch.tensor(r.sampler_logprobs)
     tensors = ids, mask, sampler_logprobs, torch.tensor([r.advantage for r in rollouts])
-    return MicroBatch(*(x.to(device) for x in tensors), [r.problem for r in rollouts])
+    return MicroBatch(*(x.to(DEVICE) for x in tensors), [r.problem for r in rollouts])
 
 
-def micro_batches(rollouts: list[Rollout], budget: int) -> list[list[Rollout]]:
-    """Cut rollouts, sorted from long to short, where rows * longest row would pass `budget`."""
-    batches: list[list[Rollout]] = []
-    for rollout in rollouts:
-        if batches and (len(batches[-1]) + 1) * len(batches[-1][0]) <= budget:
-            batches[-1].append(rollout)
-        else:
-            batches.append([rollout])
-    return batches
+def micro_batches(rollouts: list[Rollout], budget: int, world: int) -> list[list[list[Rollout]]]:
+    """Deal rollouts into micro-batches of at most `budget` tokens: a list of them for each rank.
+
+    All ranks get equally many, since every rank must take part in every collective operation, and
+    alike work: from the longest on, each rollout goes where the fewest tokens are. There are as
+    few as that allows; a rollout above the budget is alone, and what stays empty gets no response.
+    """
+    rows = sorted(rollouts, key=len, reverse=True)
+    count = -(-sum(map(len, rows)) // (budget * world))  # of each rank, if all came out even
+    while True:
+        batches, tokens = [[] for _ in range(count * world)], [0] * (count * world)
+        for row in rows:
+            i = tokens.index(min(tokens))
+            batches[i].append(row)
+            tokens[i] += len(row)
+        if all(n <= budget or len(batch) == 1 for batch, n in zip(batches, tokens)):
+            batches = [batch or [Rollout(-1, [0, 0], [], [])] for batch in batches]
+            return [batches[rank::world] for rank in range(world)]
+        count += 1
 
 
-def split_updates(rollouts: list[Rollout], config: Config, step: int, rank: int,
-                  world: int) -> list[list[list[Rollout]]]:
-    """This rank's micro-batches of each of the round's optimizer steps, in a random order.
+def split_updates(rollouts: list[Rollout], config: Config, step: int,
+                  world: int) -> list[list[list[list[Rollout]]]]:
+    """The micro-batches of each rank in each of the round's optimizer steps, in a random order.
 
-    Responses of zero advantage have no gradient: left out here, they still count in N. The
-    others are dealt out by length, so that ranks have alike work. A rank with fewer micro-batches
-    gets empty ones, because every rank must take part in every collective operation.
+    Responses of zero advantage have no gradient: left out here, they still count in N.
     """
     order = np.random.default_rng((config.seed, step, 1)).permutation(len(rollouts))
     updates = []
     for chosen in np.split(order, len(order) // config.responses_per_update):
-        rows = sorted((rollouts[i] for i in chosen), key=len, reverse=True)
-        active = [r for r in rows if r.advantage != 0] or rows[-1:]  # one at least: for the gap
-        shares = [micro_batches(active[r::world], config.tokens_per_microbatch)
-                  for r in range(world)]
-        missing = max(map(len, shares)) - len(shares[rank])
-        updates.append(shares[rank] + [[Rollout(-1, [0, 0], [], [])]] * missing)
+        rows = [rollouts[i] for i in chosen]
+        active = [r for r in rows if r.advantage != 0] or [min(rows, key=len)]  # one: for the gap
+        updates.append(micro_batches(active, config.tokens_per_microbatch, world))
     return updates
 
 
 # ---------------------------------------------------------------------------------- learning
 
 
-def make_policy(config: Config, device: torch.device) -> torch.nn.Module:
+def make_policy(config: Config) -> torch.nn.Module:
     """The model in FSDP2 shards: fp32 master weights, bf16 compute on CUDA, fp32 on a CPU.
 
     Its forward is `token_logprobs`, which reads the weights of the head: FSDP gathers them
     around forward only.
     """
-    model = AutoModelForCausalLM.from_pretrained(config.model, dtype="auto").train()
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype="auto",
+                                                 attn_implementation="packed").train()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    compute = torch.bfloat16 if device.type == "cuda" else None
     shard = partial(
-        fully_shard, mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32))
-    for module in (*model.get_decoder().layers, model):
-        shard(module)
+        fully_shard, mesh=init_device_mesh(DEVICE, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16 if CUDA else None, torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=CUDA) if config.offload else OffloadPolicy())
+    for layer in model.get_decoder().layers:
+        if config.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        shard(layer)
+    shard(model)
     model.float()  # the shards: no rank ever holds the whole model in fp32
     model.forward = partial(token_logprobs, model)
     return model
@@ -462,15 +540,16 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     Before an update is made, raises RuntimeError if the sampler's log-probs are not the trainer's
     and FloatingPointError if a loss or the gradient is not finite.
     """
-    forward = partial(model, temperature=config.temperature, pack=config.pack)
+    forward = partial(model, temperature=config.temperature)
+    totals, seconds = Counter(), {}
     if len(updates) > 1:  # the old policy is the one before the first of them
-        with torch.no_grad():
+        with timed(seconds, "old_logprobs"), torch.no_grad():
             for batch in (batch for batches in updates for batch in batches):
                 batch.old_logprobs = forward(batch.ids, batch.response_mask)
-    totals = Counter()
     for batches in updates:
         sums = Counter()
         for batch in batches:
+            model.set_requires_gradient_sync(batch is batches[-1])  # one reduction an update
             sums.update(backward(forward, batch, config))  # adds
         totals.update(all_reduce(sums))
         gap = totals["gap"] / totals["tokens"]
@@ -488,7 +567,7 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         optimizer.zero_grad(set_to_none=True)
     tokens = totals.pop("tokens")
     per_update = {key: totals.pop(key) / len(updates) for key in ("loss", "grad_norm")}
-    return per_update | {key: value / tokens for key, value in totals.items()}
+    return per_update | {key: value / tokens for key, value in totals.items()} | seconds
 
 
 def save_checkpoint(model: torch.nn.Module, tokenizer, folder: Path) -> None:
@@ -512,20 +591,17 @@ def save_checkpoint(model: torch.nn.Module, tokenizer, folder: Path) -> None:
 # ------------------------------------------------------------------------------------- ranks
 
 
-def start_ranks(name: str = "") -> torch.device:
+def start_ranks(name: str = "") -> None:
     """Join the process group that torchrun describes; without torchrun, a group of one. Another
     one after `Sampler.close` needs another name: the store still has the first one's addresses."""
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
     for key, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
         os.environ.setdefault(key, value)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if CUDA:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo",
                             store=dist.PrefixStore(name, store), rank=rank, world_size=world)
-    return device
 
 
 def all_reduce(values: dict) -> dict[str, float]:
@@ -538,37 +614,46 @@ def all_reduce(values: dict) -> dict[str, float]:
 # ---------------------------------------------------------------------------------- the loop
 
 
-def prepare(config: Config):
-    """All that can go wrong before a model loads. Returns tokenizer, problems, held-out problems
-    and counts of dropped rows. Raises ValueError that says what to change."""
-    if (config.folder / "metrics.jsonl").exists():
-        raise ValueError(f"{config.folder} holds a run already: remove it, or choose a --name")
-    for package in {"no": (), "wandb": ("tensorboard", "wandb")}.get(config.track, (config.track,)):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--track {config.track} needs `pip install {package}`")
-    tokenizer = load_tokenizer(config.model, config.max_prompt_tokens + config.max_response_tokens)
-    load = partial(load_problems, tokenizer=tokenizer, template=TEMPLATES[config.template],
-                   max_prompt_tokens=config.max_prompt_tokens, subset=config.subset,
-                   problem_column=config.problem_column, answer_column=config.answer_column)
-    problems, dropped = load(config.dataset, split=config.split, levels=config.levels)
-    held_out, lost = [], {}
-    if config.eval_dataset:
-        held_out, lost = load(config.eval_dataset, split=config.eval_split)
-    dropped |= {f"eval_{reason}": count for reason, count in lost.items()}
-    return tokenizer, problems, held_out, dropped
+def start(config: Config):
+    """Join the ranks; returns policy, optimizer, sampler and grader, all of this rank."""
+    start_ranks()
+    model = make_policy(config)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0,
+                                  fused=True)
+    moments = 0 if config.offload else 2 * sum(p.to_local().nbytes for p in model.parameters())
+    sampler = Sampler(config.model, config.max_prompt_tokens + config.max_response_tokens,
+                      derive_seed(config.seed, dist.get_rank()) % 2**32, reserve=moments)
+    return model, optimizer, sampler, Grader(config.template, config.grader_workers,
+                                             config.grader_timeout)
+
+
+def train_step(config: Config, step: int, problems: list[Problem], model: torch.nn.Module,
+               optimizer: torch.optim.Optimizer, sampler: Sampler,
+               grader: Grader) -> tuple[dict[str, float], list[Rollout]]:
+    """Sample, score, update, sync. Returns metrics and the responses of all ranks."""
+    metrics = {}
+    with timed(metrics, "sample"):
+        rollouts = sample(sampler, grader, problems, config, step)
+    with timed(metrics, "sleep"):
+        sampler.sleep()
+    with timed(metrics, "score"):
+        rollouts = score(grader, problems, rollouts, config)
+    with timed(metrics, "update"):
+        updates = split_updates(rollouts, config, step, dist.get_world_size())
+        batches = [[collate(rows) for rows in ranks[dist.get_rank()]] for ranks in updates]
+        metrics |= update(model, optimizer, batches, config)
+    with timed(metrics, "sync"):
+        sampler.wake(model)
+    metrics |= all_reduce({"timeouts": grader.timeouts, "errors": grader.errors})
+    return metrics | summarize(rollouts, config.samples_per_prompt), rollouts
 
 
 def train(config: Config, tokenizer, problems: list[Problem], held_out: list[Problem],
           dropped: dict[str, int]) -> None:
-    """A whole run, from what `prepare` returned: sample, score, update, sync, and again."""
-    device = start_ranks()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    """A whole run, from what `prepare` returned."""
+    model, optimizer, sampler, grader = start(config)
+    rank = dist.get_rank()
     writer = start_log(config, dropped) if rank == 0 else None
-    model = make_policy(config, device)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0)
-    sampler = Sampler(config.model, config.max_prompt_tokens + config.max_response_tokens,
-                      derive_seed(config.seed, rank) % 2**32, config.gpu_memory)
-    grader = Grader(config.template, config.grader_workers, config.grader_timeout)
     bar = tqdm(range(config.steps + 1), desc=config.name, disable=rank > 0)
     for step in bar:
         metrics, rollouts = {"step": step}, []
@@ -580,19 +665,9 @@ def train(config: Config, tokenizer, problems: list[Problem], held_out: list[Pro
                 scores = evaluate(sampler, grader, held_out, config.max_response_tokens)
             metrics |= {f"eval_{key}": value for key, value in scores.items()}
         if step < config.steps:
-            with timed(metrics, "sample"):
-                rollouts = sample(sampler, problems, config, step)
-                sampler.sleep()
-            with timed(metrics, "score"):
-                rollouts = score(grader, problems, rollouts, config)
-            with timed(metrics, "update"):
-                updates = split_updates(rollouts, config, step, rank, world)
-                batches = [[collate(rows, device) for rows in parts] for parts in updates]
-                metrics |= update(model, optimizer, batches, config)
-            with timed(metrics, "sync"):
-                sampler.wake(model)
-            metrics |= summarize(rollouts, config.samples_per_prompt)
-            metrics |= all_reduce({"timeouts": grader.timeouts, "errors": grader.errors})
+            learned, rollouts = train_step(config, step, problems, model, optimizer, sampler,
+                                           grader)
+            metrics |= learned
         if rank == 0 and len(metrics) > 1:
             record(config, metrics, problems, rollouts, writer)
             shown = {key: metrics.get(key) for key in ("reward", "length", "gap", "eval_accuracy")}
@@ -612,11 +687,11 @@ PRESETS = {
         name="toy", model=f"{TOY}/model", dataset=f"{TOY}/train.jsonl", template="none",
         eval_dataset=f"{TOY}/test.jsonl", eval_every=10, steps=40, prompts_per_step=32,
         responses_per_update=64, max_prompt_tokens=64, max_response_tokens=72, lr=3e-4,
-        activation_checkpointing=False)),
+        activation_checkpointing=False, gpus=1)),
     "gsm8k-0.5b": ("Qwen2.5-0.5B on GSM8K, on one 24 GB GPU", Config(
         name="gsm8k-0.5b", model="Qwen/Qwen2.5-0.5B", dataset="openai/gsm8k", subset="main",
         problem_column="question", eval_dataset="openai/gsm8k", steps=200, prompts_per_step=32,
-        max_prompt_tokens=512, max_response_tokens=512, gpu_memory=0.4)),
+        max_prompt_tokens=512, max_response_tokens=512, gpus=1)),
     "math-1.5b": ("Qwen2.5-Math-1.5B on MATH, the paper's settings", Config(
         name="math-1.5b", model="Qwen/Qwen2.5-Math-1.5B", dataset=MATH, eval_dataset=MATH)),
     "math-7b": ("Qwen2.5-Math-7B on MATH levels 3-5: the paper's recipe, for 8 GPUs", Config(
@@ -638,7 +713,12 @@ def main() -> None:
         prepared = prepare(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    train(config, *prepared)
+    if config.plan:
+        from benchmarks.plan import plan
+
+        print(plan(config, *prepared))
+    else:
+        train(config, *prepared)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from math import comb
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 import tyro
 
@@ -179,9 +180,10 @@ def evaluate(sampler, grader: Grader, problems: list[Problem], max_tokens: int, 
 def respond(sampler, grader: Grader, problems: list[Problem], chosen: range, max_tokens: int,
             n: int, temperature: float, seed: int) -> list[dict]:
     """This rank's responses to the chosen problems, graded: a row each."""
-    seeds = [derive_seed(seed, i) for i in chosen]
-    groups = sampler.generate([problems[i] for i in chosen], seeds, n, max_tokens, temperature,
-                              grader.template.stop)
+    seeds, mine = [derive_seed(seed, i) for i in chosen], [problems[i] for i in chosen]
+    groups = sampler.generate(
+        mine, seeds, n, max_tokens, temperature, grader.template.stop,
+        lambda i, group: grader.start([r.text for r in group], [mine[i].answers] * len(group)))
     responses = [response for group in groups for response in group]
     verdicts = grader.verdicts([r.text for r in responses],
                                [problems[i].answers for i in chosen for _ in range(n)])
@@ -388,9 +390,11 @@ def start_log(config, dropped: dict[str, int]):
 
 @contextmanager
 def timed(metrics: dict, phase: str) -> Iterator[None]:
-    """Enter how long the block took as seconds_PHASE."""
+    """Enter how long the block took as seconds_PHASE, on the GPU too."""
     start = time.perf_counter()
     yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     metrics[f"seconds_{phase}"] = time.perf_counter() - start
 
 
@@ -474,7 +478,6 @@ class Config:
     max_prompt_tokens: int = 1096  # the context is the sum: a longer prompt has a shorter response
     output: Path = Path("runs/eval")  # folder of results.json and one .jsonl of responses a score
     tensor_parallel: int = 1  # GPUs that hold one model together; the ranks are a multiple of it
-    gpu_memory: float = 0.9  # share of a GPU's memory that vLLM takes
     analyse: bool = False  # base models as in section 2 of the paper: a table and analysis.png
     judge: str | None = None  # for --analyse: URL of an OpenAI-compatible endpoint; may be left out
     judge_model: str | None = None  # its key is the environment's OPENAI_API_KEY
@@ -569,8 +572,7 @@ def measure(config: Config, cells: list[Cell]) -> list[dict]:
     results = []
     for model in config.model:
         start_ranks(model)
-        sampler = Sampler(model, config.context, config.seed, config.gpu_memory,
-                          config.tensor_parallel)
+        sampler = Sampler(model, config.context, config.seed, config.tensor_parallel)
         for cell in [cell for cell in cells if cell.settings["model"] == model]:
             with Grader(cell.template) as grader:
                 scores = evaluate(sampler, grader, cell.problems, config.max_response_tokens,

@@ -7,6 +7,7 @@ finds the answers itself, by plain string search, and compares them in workers t
 comparison lost that way scores 0 and is counted.
 """
 
+import importlib.util
 import multiprocessing
 import re
 import resource
@@ -18,6 +19,7 @@ from concurrent.futures import Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -257,6 +259,13 @@ class Grader:
         self._compare = answers_match
         self._start()
 
+    def start(self, responses: list[str], answers: list[str | list[str]]) -> None:
+        """Begin to compare what `grade` or `verdicts` will soon be asked for, and do not wait."""
+        with suppress(RuntimeError):  # a broken pool: `compare` will start another one
+            for pair in set(self._pairs(responses, answers)) - self._begun.keys():
+                if all(pair):
+                    self._begun[pair] = self._schedule(pair)
+
     def grade(self, responses: list[str], answers: list[str | list[str]]) -> list[float]:
         """The reward of each response, given the golds of its problem; raises as `verdicts`."""
         return [float(v is True) for v in self.verdicts(responses, answers)]
@@ -265,12 +274,7 @@ class Grader:
         """For each response True or False, TIMEOUT, or the text of an error. Raises ValueError if
         the lists differ in length, RuntimeError if the workers or most comparisons fail: a broken
         grader would look like a policy that is always wrong."""
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
-        pairs = [
-            (self.template.extract(response), tuple(gold_answers(answer)))
-            for response, answer in zip(responses, answers)
-        ]
+        pairs = self._pairs(responses, answers)
         verdicts = self.compare(pair for pair in pairs if all(pair))  # with answer and gold
         failures = {pair: v for pair, v in verdicts.items() if v not in (True, False, TIMEOUT)}
         self.graded += len(pairs)
@@ -304,16 +308,24 @@ class Grader:
         self.close()
 
     def _start(self) -> None:
+        self._begun: dict[Pair, Future] = {}  # comparisons that nobody has asked for yet
         CONSTS.term_timeout = 0.1  # seconds from pebble's SIGTERM to its SIGKILL
         context = multiprocessing.get_context("forkserver")  # fork copies the trainer's GPU state
         self._pool = ProcessPool(self.workers, initializer=_prepare_worker, context=context)
 
+    def _pairs(self, responses: list[str], answers: list[str | list[str]]) -> list[Pair]:
+        if len(responses) != len(answers):
+            raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
+        return [(self.template.extract(response), tuple(gold_answers(answer)))
+                for response, answer in zip(responses, answers)]
+
+    def _schedule(self, pair: Pair) -> Future:
+        args = self._compare, 3 * self.timeout, *pair
+        return self._pool.schedule(_judge, args=args, timeout=self.timeout)
+
     def _verdicts(self, pairs: Iterable[Pair]) -> dict[Pair, bool | str]:
-        args = self._compare, 3 * self.timeout
-        futures = {
-            pair: self._pool.schedule(_judge, args=args + pair, timeout=self.timeout)
-            for pair in pairs
-        }
+        begun, self._begun = self._begun, {}
+        futures = {pair: begun.get(pair) or self._schedule(pair) for pair in pairs}
         left = set(futures.values())
         while left:
             done, left = wait(left, timeout=PATIENCE)
@@ -374,11 +386,11 @@ class Problem:
     text: str = ""  # without the template
 
 
-def load_tokenizer(model: str, context: int):
+def load_tokenizer(model: str, context: int, training: bool = False):
     """The tokenizer of `model` (a folder or hub name), once it is sure that the model can be used.
 
-    Raises ValueError if there is no such model, if its context is below `context` tokens, or if
-    it has dropout.
+    Raises ValueError if there is no such model, if its context is below `context` tokens or, for
+    training, if it has dropout or needs other attention than plain causal one.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -393,7 +405,11 @@ def load_tokenizer(model: str, context: int):
             f"prompt and response may together have {context} tokens, but the context of {model} "
             f"is {config.max_position_embeddings}: lower --max-prompt-tokens or "
             "--max-response-tokens")
-    if drops := [key for key, value in config.to_dict().items() if value
+    window = "sliding_attention" in getattr(config, "layer_types", ()) and config.sliding_window
+    if training and (0 < window < context or getattr(config, "attn_logit_softcapping", None)):
+        raise ValueError(f"{model} has sliding-window or soft-capped attention, which "
+                         "packed_attention in drgrpo.py does not compute: add it there")
+    if drops := [key for key, value in config.to_dict().items() if training and value
                  and ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float)]:
         raise ValueError(f"{model} has dropout, with which no log-prob is ever the same twice: set "
                          f"{', '.join(drops)} to 0 in its config.json")
@@ -456,6 +472,27 @@ def load_problems(source: str, tokenizer, template: Template, max_prompt_tokens:
     if not problems:
         raise ValueError(f"{source} has no usable problem; rows dropped: {dropped}")
     return problems, dropped
+
+
+def prepare(config):
+    """All that can go wrong in a training run before a model loads. Returns tokenizer, problems,
+    held-out problems and counts of dropped rows. Raises ValueError that says what to change."""
+    if (config.folder / "metrics.jsonl").exists():
+        raise ValueError(f"{config.folder} holds a run already: remove it, or choose a --name")
+    for package in {"no": (), "wandb": ("tensorboard", "wandb")}.get(config.track, (config.track,)):
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"--track {config.track} needs `pip install {package}`")
+    tokenizer = load_tokenizer(config.model, config.max_prompt_tokens + config.max_response_tokens,
+                               training=True)
+    load = partial(load_problems, tokenizer=tokenizer, template=TEMPLATES[config.template],
+                   max_prompt_tokens=config.max_prompt_tokens, subset=config.subset,
+                   problem_column=config.problem_column, answer_column=config.answer_column)
+    problems, dropped = load(config.dataset, split=config.split, levels=config.levels)
+    held_out, lost = [], {}
+    if config.eval_dataset:
+        held_out, lost = load(config.eval_dataset, split=config.eval_split)
+    dropped |= {f"eval_{reason}": count for reason, count in lost.items()}
+    return tokenizer, problems, held_out, dropped
 
 
 # The benchmarks of the paper: hub dataset, subset, split, columns of the problem and of the answer.

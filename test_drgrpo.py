@@ -19,11 +19,14 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import drgrpo
@@ -57,14 +60,16 @@ def ranks():
     return drgrpo.start_ranks()
 
 
-def tiny_model(vocab_size=64, **kwargs):
+def tiny_model(vocab_size=64, attention="packed", **kwargs):
     """A random Qwen2 on a CPU, the same each time, with tied embeddings."""
     settings = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, eos_token_id=0,
                     num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=512,
                     tie_word_embeddings=True, initializer_range=0.3, dtype="float32")  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab_size, **settings | kwargs))
+        config = Qwen2Config(vocab_size=vocab_size, attn_implementation=attention,
+                             **settings | kwargs)
+        return Qwen2ForCausalLM(config)
 
 
 def some_rollouts(count=12, seed=0, vocab_size=64):
@@ -79,14 +84,14 @@ def some_rollouts(count=12, seed=0, vocab_size=64):
     return rollouts
 
 
-def gradient(rollouts, batches=None, pack=False, model=None, **settings):
+def gradient(rollouts, batches=None, model=None, **settings):
     """The gradient of one update, as `update` adds it up, and the sums of its metrics."""
     model = model or tiny_model()
     model.zero_grad()
     n = len(rollouts)
     config = replace(TOY, prompts_per_step=1, samples_per_prompt=max(2, n),
                      responses_per_update=n, tis_cap=None, **settings)
-    forward = partial(token_logprobs, model, pack=pack)
+    forward = partial(token_logprobs, model)
     stats = [backward(forward, b, config) for b in batches or [collate(rollouts)]]
     grad = torch.cat([p.grad.flatten() for p in model.parameters()])
     return grad, {key: sum(float(s[key]) for s in stats) for key in stats[0]}
@@ -222,28 +227,100 @@ def direct_logprobs(model, rollout, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_logprobs_of_a_batch_are_those_of_each_row_alone(pack, mode, temperature):
-    model = getattr(tiny_model(), mode)()
+def test_logprobs_of_a_batch_are_those_of_each_row_alone(attention, mode, temperature):
+    settings = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    model = getattr(tiny_model(attention=attention, **settings), mode)()
     rollouts = some_rollouts()
     batch = collate(rollouts)
-    logprobs = token_logprobs(model, batch.ids, batch.response_mask, temperature, pack)
+    logprobs = token_logprobs(model, batch.ids, batch.response_mask, temperature)
     assert logprobs.dtype == torch.float32 and logprobs.shape == batch.response_mask.shape
     assert logprobs[batch.response_mask == 0].abs().max() == 0
+    model.set_attn_implementation("eager")
     for row, mask, rollout in zip(logprobs, batch.response_mask.bool(), rollouts, strict=True):
         assert torch.allclose(row[mask], direct_logprobs(model, rollout, temperature), atol=2e-6)
 
 
+def test_no_padding_goes_through_the_model():
+    model, seen = tiny_model(), []
+    model.get_decoder().layers[0].register_forward_pre_hook(lambda _, x: seen.append(x[0].shape))
+    rollouts = some_rollouts()
+    batch = collate(rollouts)
+    batch.ids = torch.nn.functional.pad(batch.ids, (0, 50))
+    batch.response_mask = torch.nn.functional.pad(batch.response_mask, (0, 50))
+    token_logprobs(model, batch.ids, batch.response_mask)
+    assert seen == [(1, sum(map(len, rollouts)), 32)]
+
+
+def test_on_a_gpu_attention_and_head_make_calls_that_torch_accepts():
+    """Shapes and types only: without a GPU nothing can be computed with CUDA tensors."""
+    lengths = np.array([4, 6])  # a tensor made below would have no values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        def empty(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        q, k, ends = empty(1, 4, 10, 64), empty(1, 2, 10, 64), empty(3, dtype=torch.int32)
+        out, _ = drgrpo.packed_attention(None, q, k, k, scaling=0.1, lengths=lengths, ends=ends)
+        assert out.shape == (1, 10, 4, 64) and out.dtype == torch.bfloat16
+        context = mock.Mock(temperature=0.9, saved_tensors=(
+            empty(10, 64), empty(99, 64), empty(10, dtype=torch.long)))
+        logprobs = drgrpo.HeadLogprobs.forward(context, *context.saved_tensors, 0.9)
+        assert logprobs.shape == (10,) and logprobs.dtype == torch.float32
+        grads = drgrpo.HeadLogprobs.backward(context, logprobs)
+        assert [g.shape for g in grads[:2]] == [(10, 64), (99, 64)]
+        assert {g.dtype for g in grads[:2]} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("chunk", [1, 7, 100])  # rows, of 40
+def test_the_chunked_head_has_the_values_and_gradients_of_the_definition(chunk, temperature,
+                                                                         monkeypatch):
+    monkeypatch.setattr(drgrpo, "LOGITS_AT_ONCE", chunk * 50)
+    torch.manual_seed(0)
+    inputs = torch.randn(40, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
+    targets, upstream = torch.randint(0, 50, (40,)), torch.randn(40)
+    values = drgrpo.HeadLogprobs.apply(*inputs, targets, temperature)
+    logits = inputs[0] @ inputs[1].T / temperature
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(values, expected, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(values, inputs, upstream),
+                    torch.autograd.grad(expected, inputs, upstream), strict=True):
+        assert_same(b, a)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that any operation returns."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.size = max(self.size, out.numel())
+        return out
+
+
 def test_the_head_never_makes_full_logits(monkeypatch):
-    model, sizes = tiny_model(vocab_size=2**14), []
-    batch = collate(some_rollouts(count=300))
-    responses = int(batch.response_mask.sum())
-    model.get_output_embeddings().register_forward_hook(lambda m, x, out: sizes.append(len(out)))
-    monkeypatch.setattr(drgrpo, "LOGITS_AT_ONCE", 1000 * 2**14)
-    token_logprobs(model, batch.ids, batch.response_mask).sum().backward()
-    assert responses > 2000 and max(sizes) == 1000
-    assert sum(sizes) == 2 * responses, "once forwards, and again backwards: nothing is kept"
+    model, batch = tiny_model(vocab_size=2**14), collate(some_rollouts(count=300))
+    monkeypatch.setattr(drgrpo, "LOGITS_AT_ONCE", 100 * 2**14)
+    with Largest() as largest:
+        loss = token_logprobs(model, batch.ids, batch.response_mask).sum()
+        kept = largest.size
+        loss.backward()
+    assert batch.response_mask.sum() > 2000
+    assert kept == largest.size == 100 * 2**14, "a chunk's logits, forwards and backwards"
+
+
+def test_the_gradient_of_a_bf16_head_is_summed_in_fp32(monkeypatch):
+    """1 and then many small terms, each in a chunk of its own: bf16 would lose every one."""
+    monkeypatch.setattr(drgrpo, "LOGITS_AT_ONCE", 1)
+    hidden = torch.full((257, 1), 1 / 256, dtype=torch.bfloat16)
+    hidden[0] = 1
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(257, dtype=torch.long)
+    drgrpo.HeadLogprobs.apply(hidden, weight, targets, 1.0).sum().backward()
+    assert weight.grad.flatten().tolist() == [1, -1]  # half of 1 + 256/256
 
 
 def test_bf16_logits_become_fp32_logprobs():
@@ -257,15 +334,13 @@ def test_bf16_logits_become_fp32_logprobs():
 
 
 @pytest.mark.parametrize("divide_by_length", [False, True])
-@pytest.mark.parametrize("budget", [1, 50, 200])
-@pytest.mark.parametrize("pack", [False, True])
-def test_micro_batches_do_not_change_the_gradient(ranks, budget, pack, divide_by_length):
+@pytest.mark.parametrize("budget", [1, 50, 120])
+def test_micro_batches_do_not_change_the_gradient(ranks, budget, divide_by_length):
     rollouts = some_rollouts()
     whole, sums = gradient(rollouts, divide_by_length=divide_by_length)
-    longest_first = sorted(rollouts, key=len, reverse=True)
-    batches = [collate(rows) for rows in micro_batches(longest_first, budget)]
-    assert len(batches) > 1
-    split, split_sums = gradient(rollouts, batches, pack, divide_by_length=divide_by_length)
+    batches = [collate(rows) for rank in micro_batches(rollouts, budget, 2) for rows in rank]
+    assert len(batches) > 2
+    split, split_sums = gradient(rollouts, batches, divide_by_length=divide_by_length)
     assert_same(whole, split)
     assert split_sums == pytest.approx(sums, rel=1e-4, abs=1e-6)
 
@@ -276,9 +351,9 @@ def test_order_and_wider_padding_do_not_change_the_gradient(ranks):
     pad = partial(torch.nn.functional.pad, pad=(0, 9))
     wide.ids, wide.response_mask = pad(wide.ids, value=5), pad(wide.response_mask)
     wide.sampler_logprobs = pad(wide.sampler_logprobs)
-    whole, _ = gradient(rollouts)
-    for pack in (False, True):
-        assert_same(whole, gradient(rollouts, [wide], pack)[0])
+    for attention in ("packed", "sdpa"):
+        model = tiny_model(attention=attention)
+        assert_same(gradient(rollouts)[0], gradient(rollouts, [wide], model)[0])
 
 
 def test_activation_checkpointing_does_not_change_the_gradient(ranks):
@@ -290,7 +365,7 @@ def test_activation_checkpointing_does_not_change_the_gradient(ranks):
 def test_rows_without_advantage_are_skipped_but_counted(ranks):
     rollouts = some_rollouts()
     config = replace(TOY, responses_per_update=12, prompts_per_step=2, samples_per_prompt=6)
-    (batches,) = split_updates(rollouts, config, step=0, rank=0, world=1)
+    (((batches),),) = split_updates(rollouts, config, step=0, world=1)
     kept = [r for rows in batches for r in rows]
     assert len(kept) == 8 and all(r.advantage for r in kept)
     skipped, _ = gradient(rollouts, [collate(rows) for rows in batches])
@@ -306,10 +381,9 @@ def test_denominator_counts_all_responses_times_the_longest_allowed():
 
 
 def test_an_empty_micro_batch_has_a_zero_gradient_for_every_weight(ranks):
-    for pack in (False, True):
-        grad, sums = gradient([Rollout(-1, [0, 0], [], [])], pack=pack)
-        assert grad.shape[0] == sum(p.numel() for p in tiny_model().parameters())
-        assert grad.abs().max() == 0 and sums["tokens"] == sums["gap"] == 0
+    grad, sums = gradient([Rollout(-1, [0, 0], [], [])])
+    assert grad.shape[0] == sum(p.numel() for p in tiny_model().parameters())
+    assert grad.abs().max() == 0 and sums["tokens"] == sums["gap"] == 0
 
 
 # ------------------------------------------------------------------------------ batches
@@ -324,25 +398,33 @@ def test_collate_marks_the_response_and_its_eos():
     assert batch.advantages.tolist() == [0.5, 0] and batch.problems == [3, 4]
 
 
-def test_micro_batches_keep_the_budget_and_lose_nothing():
-    rollouts = sorted(some_rollouts(100), key=len, reverse=True)
-    batches = micro_batches(rollouts, 120)
-    assert [r for rows in batches for r in rows] == rollouts
-    assert all(len(rows) == 1 or len(rows) * len(rows[0]) <= 120 for rows in batches)
-    assert len(batches) < 60
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("budget", [1, 60, 120, 10_000])
+def test_micro_batches_keep_the_budget_lose_nothing_and_share_the_work(world, budget):
+    rollouts = some_rollouts(100)
+    ranks = micro_batches(rollouts, budget, world)
+    assert len(ranks) == world and len({len(batches) for batches in ranks}) == 1
+    batches = [rows for rank in ranks for rows in rank]
+    dealt = sorted(r.problem for rows in batches for r in rows if r.response_ids)
+    assert dealt == sorted(r.problem for r in rollouts)
+    tokens = [sum(map(len, rows)) for rows in batches]
+    assert all(n <= budget or len(rows) == 1 for rows, n in zip(batches, tokens))
+    if budget >= 60:
+        assert max(tokens) - min(tokens) <= max(map(len, rollouts))
+        assert len(batches) <= 1.3 * sum(tokens) / budget + world
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_share_each_update_and_have_equally_many_micro_batches(world):
+def test_each_update_gets_its_share_of_the_responses_whatever_the_number_of_ranks(world):
     rollouts = some_rollouts(48)
     config = replace(TOY, prompts_per_step=6, responses_per_update=12, tokens_per_microbatch=60)
-    shares = [split_updates(rollouts, config, 5, rank, world) for rank in range(world)]
-    alone = split_updates(rollouts, config, 5, 0, 1)
-    for update, parts in zip(alone, zip(*shares, strict=True), strict=True):
-        assert len({len(part) for part in parts}) == 1
-        dealt = sorted(r.problem for part in parts for rows in part for r in rows if r.response_ids)
-        assert dealt == sorted(r.problem for rows in update for r in rows)
-    everyone = [r.problem for update in alone for rows in update for r in rows]
+
+    def problems(world):
+        return [sorted(r.problem for rank in update for rows in rank for r in rows
+                       if r.response_ids) for update in split_updates(rollouts, config, 5, world)]
+
+    assert problems(world) == problems(1) and len(problems(1)) == 4
+    everyone = sum(problems(1), [])
     assert sorted(everyone) == [r.problem for r in rollouts if r.advantage]
     assert everyone != sorted(everyone), "shuffled after the baseline"
 
@@ -350,11 +432,10 @@ def test_ranks_share_each_update_and_have_equally_many_micro_batches(world):
 def test_a_round_in_which_no_response_has_an_advantage_still_takes_part():
     rollouts = [replace(r, advantage=0.0) for r in some_rollouts()]
     config = replace(TOY, prompts_per_step=2, samples_per_prompt=6, responses_per_update=6)
-    for rank in range(2):
-        updates = split_updates(rollouts, config, 0, rank, 2)
-        assert [len(batches) for batches in updates] == [1, 1]
-        measured = [len(r.response_ids) > 0 for ((r,),) in updates]
-        assert measured == [rank == 0] * 2, "one real row an update: the gap is always measured"
+    for update in split_updates(rollouts, config, 0, 2):
+        assert [len(batches) for batches in update] == [1, 1]
+        measured = [len(r.response_ids) > 0 for ((r,),) in update]
+        assert measured == [True, False], "one real row an update: the gap is always measured"
 
 
 # ------------------------------------------------------------------------------ settings and data
@@ -449,7 +530,17 @@ def test_a_model_with_dropout_is_refused(toy, tmp_path):
     tiny_model(attention_dropout=0.1).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(toy / "model").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="set attention_dropout to 0"):
-        load_tokenizer(str(tmp_path), 100)
+        load_tokenizer(str(tmp_path), 100, training=True)
+    load_tokenizer(str(tmp_path), 100)  # it can be evaluated
+
+
+def test_a_model_with_sliding_attention_is_refused_where_the_window_matters(toy, tmp_path):
+    tiny_model(use_sliding_window=True, sliding_window=64, max_window_layers=1,
+               max_position_embeddings=512).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(toy / "model").save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path), 64, training=True)
+    with pytest.raises(ValueError, match="sliding-window"):
+        load_tokenizer(str(tmp_path), 65, training=True)
 
 
 def test_a_template_that_writes_bos_gets_one_bos(toy, tmp_path):
@@ -505,7 +596,8 @@ class FakeEngine:
 
 def test_on_a_gpu_the_engine_wakes_in_stages_around_the_weights(monkeypatch):
     sampler = Sampler.__new__(Sampler)
-    sampler.llm, sampler.cuda, sampler.dtype = FakeEngine(), True, torch.bfloat16
+    sampler.llm, sampler.dtype = FakeEngine(), torch.bfloat16
+    monkeypatch.setattr(drgrpo, "CUDA", True)
     calls = sampler.llm.calls
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     model = tiny_model()
@@ -529,7 +621,7 @@ def engine(ranks, toy, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     # the first thing a CUDA machine would do differently is to give the policy the GPU
     config = replace(TOY, model=str(folder), max_prompt_tokens=300, max_response_tokens=20)
-    model = drgrpo.make_policy(config, ranks)
+    model = drgrpo.make_policy(config)
     sampler = Sampler(config.model, 320)
     yield sampler, model, config
     sampler.close()
@@ -561,6 +653,15 @@ def test_the_sampler_returns_the_ids_that_it_drew_and_their_logprobs(engine):
         assert (rollout.response_ids[-1] == 0) == (rollout.finish_reason == "stop")
     assert len({tuple(r.response_ids) for r in group}) == 4
     assert gap(engine, group) < 1e-4
+
+
+def test_each_group_is_handed_over_as_soon_as_it_is_finished(engine):
+    sampler, _, _ = engine
+    problems, seen = [Problem("", [5, 6, i], ["1"]) for i in range(40)], {}
+    stop = tuple("aeiou")  # so that lengths differ
+    groups = sampler.generate(problems, range(40), 1, 20, 1.0, stop, seen.__setitem__)
+    assert groups == [seen[i] for i in range(40)] and list(seen) != sorted(seen)
+    assert [g[0].prompt_ids for g in groups] == [p.prompt_ids for p in problems]
 
 
 def test_eos_ends_a_response_and_belongs_to_it(engine):
@@ -663,7 +764,7 @@ def test_importance_weights_are_per_token_and_capped(ranks):
 def test_weights_are_fp32_masters_and_nearly_all_move_at_the_papers_lr(ranks, tmp_path):
     model = tiny_model().bfloat16()
     model.save_pretrained(tmp_path)
-    policy = drgrpo.make_policy(replace(TOY, model=str(tmp_path)), ranks)
+    policy = drgrpo.make_policy(replace(TOY, model=str(tmp_path)))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     before = {k: v.full_tensor().clone() for k, v in policy.state_dict().items()}
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-6, (0.9, 0.95), weight_decay=0)
@@ -675,6 +776,29 @@ def test_weights_are_fp32_masters_and_nearly_all_move_at_the_papers_lr(ranks, tm
     after = policy.state_dict()
     moved = torch.cat([(before[k] != after[k].full_tensor()).flatten() for k in used])
     assert moved.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("settings", [
+    {"offload": True}, {"compile": True}, {"activation_checkpointing": True},
+    {"compile": True, "activation_checkpointing": True}, {"tokens_per_microbatch": 50}])
+def test_what_saves_memory_or_time_makes_the_same_update(ranks, tmp_path, settings, monkeypatch):
+    """The whole update, with old log-probs; `compile` without the compiler behind it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    tiny_model().save_pretrained(tmp_path)
+    rollouts, after = some_rollouts(), []
+    for changed in ({}, settings):
+        config = replace(TOY, model=str(tmp_path), prompts_per_step=2, samples_per_prompt=6,
+                         responses_per_update=6, max_gap=100, **changed)
+        policy = drgrpo.make_policy(config)
+        optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, fused=True)
+        batches = [[collate(rows) for rows in rank]
+                   for (rank,) in split_updates(rollouts, config, 0, 1)]
+        metrics = drgrpo.update(policy, optimizer, batches, config)
+        metrics.pop("seconds_old_logprobs")
+        weights = torch.cat([w.flatten() for _, w in drgrpo.full_weights(policy, torch.float32)])
+        after.append((metrics, weights))
+    assert after[1][0] == pytest.approx(after[0][0], rel=1e-4, abs=1e-6)
+    assert_same(after[0][1], after[1][1])
 
 
 def test_a_loss_that_is_not_finite_names_its_problems(ranks):
@@ -690,7 +814,7 @@ def test_a_checkpoint_loads_with_the_same_logprobs(ranks, toy, tmp_path, tied, d
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     base = tiny_model(len(tokenizer), tie_word_embeddings=tied).to(dtype)
     base.save_pretrained(tmp_path / "base")
-    model = drgrpo.make_policy(replace(TOY, model=str(tmp_path / "base")), ranks)
+    model = drgrpo.make_policy(replace(TOY, model=str(tmp_path / "base")))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)  # exact in bf16
@@ -730,25 +854,30 @@ UPDATES = """
 import json, sys, torch, drgrpo
 from dataclasses import replace
 from functools import partial
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+from unittest import mock
 from test_drgrpo import TOY, some_rollouts
-device = drgrpo.start_ranks()
+drgrpo.start_ranks()
 rank, world = drgrpo.dist.get_rank(), drgrpo.dist.get_world_size()
 config = replace(TOY, model=sys.argv[1], prompts_per_step=4, samples_per_prompt=6,
-                 responses_per_update=12, tokens_per_microbatch=100, max_gap=100)
-model = drgrpo.make_policy(config, device)
+                 responses_per_update=12, tokens_per_microbatch=40, max_gap=100)
+model = drgrpo.make_policy(config)
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-metrics = []
+metrics, reductions = [], []
 for step in range(3):
     rollouts = some_rollouts(24, seed=step)
     for r in rollouts[step:]:  # the first round has no gradient, the second a single row
         r.advantage = float(step == 2) * r.advantage
     rollouts[0].advantage = float(step == 1)
-    updates = drgrpo.split_updates(rollouts, config, step, rank, world)
-    batches = [[drgrpo.collate(rows) for rows in parts] for parts in updates]
-    metrics.append(drgrpo.update(model, optimizer, batches, config))
+    updates = drgrpo.split_updates(rollouts, config, step, world)
+    batches = [[drgrpo.collate(rows) for rows in ranks[rank]] for ranks in updates]
+    with mock.patch.object(fsdp, "foreach_reduce", wraps=fsdp.foreach_reduce) as reduce:
+        metrics.append(drgrpo.update(model, optimizer, batches, config))
+    assert metrics[-1].pop("seconds_old_logprobs") > 0
+    reductions.append((sum(map(len, batches)), reduce.call_count))
 weights = torch.cat([w.flatten() for _, w in drgrpo.full_weights(model, torch.float64)])
 if rank == 0:
-    print(json.dumps({"metrics": metrics, "norm": weights.norm().item(),
+    print(json.dumps({"metrics": metrics, "reductions": reductions, "norm": weights.norm().item(),
                       "probe": weights[:: len(weights) // 50].tolist()}))
 drgrpo.dist.destroy_process_group()
 """
@@ -766,6 +895,8 @@ def test_two_ranks_with_uneven_work_make_the_updates_of_one(tmp_path):
         assert a == pytest.approx(b, rel=1e-3, abs=1e-7)
     norms = [m["grad_norm"] for m in one["metrics"]]
     assert norms[0] == 0 and norms[1] > 0 and norms[2] > 0
+    # two layers and the rest of the model, reduced once in each of the two updates
+    assert [n for _, n in two["reductions"]] == [6, 6, 6] and two["reductions"][2][0] > 4
 
 
 def whole_run(toy, folder, ranks):
@@ -1210,6 +1341,38 @@ def test_each_distinct_pair_is_compared_once_but_every_response_counts(tmp_path,
         assert grader.graded == 20
 
 
+def test_grading_can_begin_before_it_is_asked_for(tmp_path, hostile):
+    calls = tmp_path / "calls"
+    with Grader("none") as grader:
+        grader._compare = partial(hostile.note_call, str(calls))
+        grader.start([boxed(1), boxed(1), "no answer"], ["1", "1", "1"])
+        grader.start([boxed(1), boxed(2)], ["1", "1"])
+        wait_until(lambda: calls.exists() and len(calls.read_text().split()) == 2, 30)
+        assert grader.graded == 0
+        assert grader.grade([boxed(2), boxed(3), boxed(1)], ["1"] * 3) == [0.0, 0.0, 1.0]
+        assert sorted(calls.read_text().split()) == ["1", "2", "3"], "each compared once"
+        assert grader.grade([boxed(1)], ["1"]) == [1.0]
+        assert sorted(calls.read_text().split()) == ["1", "1", "2", "3"], "nothing is kept"
+
+
+def test_a_comparison_that_began_early_may_hang_and_its_pool_may_die(hostile):
+    others = set(workers_of_this_process())
+    with Grader("none", timeout=1.0) as grader:
+        grader._compare = hostile.hostile
+        grader.start([boxed("hang"), boxed("1")], ["1", "1"])
+        assert grader.grade([boxed("hang"), boxed("1")], ["1", "1"]) == [0.0, 1.0]
+        assert (grader.timeouts, grader.errors) == (1, 0)
+    with Grader("none") as grader:
+        assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
+        for pid in set(workers_of_this_process()) - others:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.5)
+        for _ in range(3):  # pebble notices at some time
+            grader.start(CLEAN, CLEAN_GOLDS)
+            time.sleep(0.2)
+        assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
+
+
 def test_waiting_for_a_worker_is_not_counted_as_running_time(hostile):
     with Grader("none", workers=1, timeout=0.8) as grader:
         grader._compare = hostile.slow
@@ -1312,7 +1475,7 @@ class StoredSampler:
     def __init__(self, responses: dict[str, list[str]], finish_reason: str = "stop"):
         self.responses, self.finish_reason = responses, finish_reason
 
-    def generate(self, problems, seeds, n, max_tokens, temperature, stop):
+    def generate(self, problems, seeds, n, max_tokens, temperature, stop, finished):
         return [[Rollout(i, p.prompt_ids, [1] * len(text), [], text, self.finish_reason)
                  for text in self.responses[p.prompt][:n]] for i, p in enumerate(problems)]
 
