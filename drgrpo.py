@@ -31,7 +31,6 @@ Not a framework: copy this file and change it.
 
 import gc
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -45,17 +44,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
-from huggingface_hub import save_torch_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
                                     fully_shard)
-from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from eval import evaluate, plot_curves, record, start_log, summarize, timed
+from eval import (all_reduce, evaluate, plot_curves, record, save_checkpoint, start_log,
+                  start_ranks, summarize, timed)
 from templates import TEMPLATES, Grader, Problem, derive_seed, prepare, step_problems
 
 CUDA = torch.cuda.is_available()  # else everything runs on the CPU, in fp32
@@ -319,7 +317,7 @@ class Sampler:
             torch.cuda.empty_cache()
             free, total = torch.cuda.mem_get_info()
             machine = {"gpu_memory_utilization": (0.95 * free - reserve) / total,
-                       "enable_sleep_mode": True}
+                       "enable_sleep_mode": True, "max_num_seqs": 1024}
         self.llm = LLM(
             model, dtype=self.dtype, max_model_len=context, seed=seed, **machine,
             tensor_parallel_size=tensor_parallel,
@@ -334,19 +332,21 @@ class Sampler:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        engine, groups = self.llm.llm_engine, {}
+        engine, decode, groups = self.llm.llm_engine, self.llm.get_tokenizer().decode, {}
         for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
             engine.add_request(str(i), TokensPrompt(prompt_token_ids=problem.prompt_ids),
                                SamplingParams(
                 n=n, seed=seed, temperature=temperature, max_tokens=max_tokens, logprobs=0,
                 flat_logprobs=True, stop=list(stop), include_stop_str_in_output=True,
+                detokenize=bool(stop),  # vLLM decodes token by token: slow
                 output_kind=RequestOutputKind.FINAL_ONLY))
         while engine.has_unfinished_requests():
             for output in engine.step():
                 i = int(output.request_id)
-                groups[i] = [Rollout(i, problems[i].prompt_ids, list(o.token_ids),
-                                     list(o.logprobs.logprobs), o.text, o.finish_reason)
-                             for o in output.outputs]
+                groups[i] = [
+                    Rollout(i, problems[i].prompt_ids, list(o.token_ids), list(o.logprobs.logprobs),
+                            o.text or decode(o.token_ids, skip_special_tokens=True),
+                            o.finish_reason) for o in output.outputs]
                 if finished:
                     finished(i, groups[i])
         return [groups[i] for i in range(len(problems))]
@@ -570,47 +570,6 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     return per_update | {key: value / tokens for key, value in totals.items()} | seconds
 
 
-def save_checkpoint(model: torch.nn.Module, tokenizer, folder: Path) -> None:
-    """Write a checkpoint that transformers and vLLM load, in the base model's precision. What was
-    in the folder stays until all is written."""
-    rank, tied, weights = dist.get_rank(), model.config.tie_word_embeddings, {}
-    for name, weight in full_weights(model, model.config.dtype):  # every rank takes part
-        if rank == 0 and not (tied and name == "lm_head.weight"):
-            weights[name] = weight.to("cpu", copy=True)  # it may be a view of padded shards
-    if rank == 0:
-        new = folder.with_suffix(".new")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        save_torch_state_dict(weights, new)
-        for part in (model.config, model.generation_config, tokenizer):
-            part.save_pretrained(new)
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
-
-
-# ------------------------------------------------------------------------------------- ranks
-
-
-def start_ranks(name: str = "") -> None:
-    """Join the process group that torchrun describes; without torchrun, a group of one. Another
-    one after `Sampler.close` needs another name: the store still has the first one's addresses."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
-    for key, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
-        os.environ.setdefault(key, value)
-    if CUDA:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, rank, world = next(rendezvous("env://"))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo",
-                            store=dist.PrefixStore(name, store), rank=rank, world_size=world)
-
-
-def all_reduce(values: dict) -> dict[str, float]:
-    """Each value's sum over the ranks."""
-    vector = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
-    dist.all_reduce(vector)
-    return dict(zip(values, vector.tolist(), strict=True))
-
-
 # ---------------------------------------------------------------------------------- the loop
 
 
@@ -659,7 +618,8 @@ def train(config: Config, tokenizer, problems: list[Problem], held_out: list[Pro
         metrics, rollouts = {"step": step}, []
         milestone = step % config.eval_every == 0 or step == config.steps
         if milestone and step > 0:
-            save_checkpoint(model, tokenizer, config.folder / "model")
+            save_checkpoint(full_weights(model, model.config.dtype), model, tokenizer,
+                            config.folder / "model")
         if milestone and held_out:
             with timed(metrics, "eval"):
                 scores = evaluate(sampler, grader, held_out, config.max_response_tokens)

@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,9 +30,42 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from huggingface_hub import save_torch_state_dict
+from torch.distributed.rendezvous import rendezvous
 
 from templates import (TEMPLATES, TIMEOUT, Grader, Problem, Template, answer_in_loose_tags,
                        derive_seed, find_template, last_boxed, load_task, load_tokenizer)
+
+# ---------------------------------------------------------------------------------------- ranks
+
+
+def start_ranks(name: str = "") -> None:
+    """Join the process group that torchrun describes; without torchrun, a group of one. Another
+    one after `Sampler.close` needs another name: the store still has the first one's addresses."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
+    for key, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
+        os.environ.setdefault(key, value)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=rank,
+                            world_size=world)
+
+
+def all_reduce(values: dict) -> dict[str, float]:
+    """Each value's sum over the ranks."""
+    vector = torch.tensor([float(v) for v in values.values()], dtype=torch.float64)
+    dist.all_reduce(vector)
+    return dict(zip(values, vector.tolist(), strict=True))
+
+
+def from_rank_0(value):
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
 
 # ----------------------------------------------------------------------------------- statistics
 
@@ -195,12 +229,6 @@ def respond(sampler, grader: Grader, problems: list[Problem], chosen: range, max
          "answer": grader.template.extract(r.text), "reward": float(verdict is True),
          "failure": verdict if isinstance(verdict, str) else None}
         for place, (r, verdict) in enumerate(zip(responses, verdicts, strict=True))]
-
-
-def from_rank_0(value):
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def saved_rows(file: Path, labels: dict[str, str]) -> list[dict]:
@@ -431,6 +459,25 @@ def record(config, metrics: dict, problems: list[Problem], rollouts: list, write
             writer.add_scalar(key, value, metrics["step"])
 
 
+def save_checkpoint(gathered: Iterable[tuple[str, torch.Tensor]], model, tokenizer,
+                    folder: Path) -> None:
+    """Write a checkpoint that transformers and vLLM load, of weights that all ranks gather. What
+    was in the folder stays until all is written."""
+    rank, tied, weights = dist.get_rank(), model.config.tie_word_embeddings, {}
+    for name, weight in gathered:
+        if rank == 0 and not (tied and name == "lm_head.weight"):
+            weights[name] = weight.to("cpu", copy=True)  # it may be a view of padded shards
+    if rank == 0:
+        new = folder.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        save_torch_state_dict(weights, new)
+        for part in (model.config, model.generation_config, tokenizer):
+            part.save_pretrained(new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+
+
 def plot_curves(folder: Path) -> None:
     """Draw metrics.jsonl as curves.png: reward, length, gap and gradient norm against the step."""
     import matplotlib
@@ -567,7 +614,7 @@ def prepare(config: Config) -> list[Cell]:
 
 def measure(config: Config, cells: list[Cell]) -> list[dict]:
     """Settings and scores of each cell."""
-    from drgrpo import Sampler, start_ranks  # not at the top: drgrpo imports `evaluate` from here
+    from drgrpo import Sampler  # not at the top: drgrpo imports `evaluate` from here
 
     results = []
     for model in config.model:

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import drgrpo
 import eval as evaluation
 import templates
+from benchmarks import plan as planning
 from drgrpo import (PRESETS, Config, Rollout, Sampler, backward, collate, drgrpo_loss,
                     group_advantages, micro_batches, split_updates, token_logprobs)
 from eval import (REFLECTION, analysis_table, average, evaluate, interval, judge, majority,
@@ -386,6 +387,83 @@ def test_an_empty_micro_batch_has_a_zero_gradient_for_every_weight(ranks):
     assert grad.abs().max() == 0 and sums["tokens"] == sums["gap"] == 0
 
 
+# ------------------------------------------------------------------------------ plan
+
+
+QWEN_7B = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+               num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+               max_position_embeddings=4096)
+
+
+@pytest.fixture
+def seven_b(toy, tmp_path):
+    """The 7B preset with a config and a tokenizer, but without any weights."""
+    Qwen2Config(**QWEN_7B).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(toy / "model").save_pretrained(tmp_path)
+    return replace(PRESETS["math-7b"][1], model=str(tmp_path), dataset=str(toy / "train.jsonl"),
+                   eval_dataset=str(toy / "test.jsonl"), levels=(), name=f"plan-{tmp_path.name}")
+
+
+def test_a_plan_needs_no_weights_and_reckons_with_the_models_size(seven_b):
+    text = planning.plan(seven_b, *drgrpo.prepare(seven_b))
+    assert "7,615,616,512 parameters" in text and "5000 problems, 500 held out" in text
+    assert "128 prompts x 8 responses = 1024; 8 update(s) of 128" in text
+    assert "| master weights | 3.8 |" in text and "| Adam's moments | 7.6 |" in text
+    assert "| gradients not yet reduced | 0.0 |" in text
+    assert "not yet measured on a GPU" in text and "| 24 GB |" in text
+    offloaded = replace(seven_b, offload=True, tokens_per_microbatch=4096, gpus=2)
+    text = planning.plan(offloaded, *drgrpo.prepare(offloaded))
+    assert "| master weights | 0.0 |" in text and "| gradients not yet reduced | 30.5 |" in text
+
+
+def kept_by_autograd(model):
+    """Bytes a token that the forward pass keeps for the backward pass, on real data."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    batch = collate([Rollout(0, [1] * 40, [2] * 60, [0.0] * 60)])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        token_logprobs(model, batch.ids, batch.response_mask)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) / 100
+
+
+def test_the_plans_activations_are_what_autograd_keeps():
+    settings = QWEN_7B | dict(hidden_size=256, num_attention_heads=4, intermediate_size=512,
+                              num_key_value_heads=2, vocab_size=99, dtype="bfloat16")
+    one, two = (tiny_model(**settings | dict(num_hidden_layers=n)) for n in (1, 2))
+    layer = kept_by_autograd(two) - kept_by_autograd(one)
+    assert planning.layer_activations(one.to("meta")) == pytest.approx(layer, rel=0.05)
+
+
+def test_the_plans_hours_come_from_measured_figures_only(seven_b, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "MEASURED", tmp_path / "measured.jsonl")
+    row = {"device": "H100", "parameters": 7_615_616_512, "sample_tokens_per_s": 10_000,
+           "update_tokens_per_s": 20_000, "seconds_sample": 1, "seconds_update": 1,
+           "seconds_step": 12, "command": "C", "date": "D", "versions": {"torch": "T"}}
+    prepared = drgrpo.prepare(seven_b)
+    for parameters, scale in ((7_615_616_512, 1), (3_807_808_256, 2), (1_000_000_000, None)):
+        planning.MEASURED.write_text(json.dumps(row | {"parameters": parameters}) + "\n")
+        text = planning.plan(seven_b, *prepared)
+        assert ("from 10,000 and 20,000 tokens/s of `C`, D, torch T" in text) == bool(scale)
+        if scale:
+            prompt = np.mean([len(p.prompt_ids) for p in prepared[1]])
+            step = 1024 * (700 / 10_000 + (prompt + 700) / 20_000 * 4 / 3) / 8 * scale + 10
+            assert f"hours      {300 * step / 3600:,.2f} on 8 x H100" in text
+        else:
+            assert "no model of a third to three times this size" in text
+
+
+def test_plan_on_the_command_line_trains_nothing(toy, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy-base").symlink_to(toy.resolve())
+    text = launch(1, HERE / "drgrpo.py", "toy", "--plan", folder=tmp_path)
+    assert "hours" in text and not (tmp_path / "runs" / "toy").exists()
+
+
 # ------------------------------------------------------------------------------ batches
 
 
@@ -612,6 +690,21 @@ def test_on_a_gpu_the_engine_wakes_in_stages_around_the_weights(monkeypatch):
         sampler.wake(model)
 
 
+def test_on_a_gpu_the_engine_takes_what_the_policy_leaves_free(monkeypatch):
+    import vllm
+
+    settings, calls = {}, []
+    monkeypatch.setattr(drgrpo, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info",
+                        lambda: calls.append("ask") or (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(vllm, "LLM", lambda model, **given: settings.update(given))
+    Sampler("model", 100, reserve=17 * 2**30)
+    assert settings["gpu_memory_utilization"] == pytest.approx((0.95 * 60 - 17) / 80)
+    assert settings["enable_sleep_mode"] and "enforce_eager" not in settings  # CUDA graphs
+    assert settings["dtype"] == torch.bfloat16 and calls == ["empty", "ask"]
+
+
 @pytest.fixture(scope="session")
 def engine(ranks, toy, tmp_path_factory):
     """An engine on a random model with tied embeddings, and that model as a policy."""
@@ -819,7 +912,8 @@ def test_a_checkpoint_loads_with_the_same_logprobs(ranks, toy, tmp_path, tied, d
         for p in model.parameters():
             p.mul_(2)  # exact in bf16
     for _ in range(2):  # the second replaces the first
-        drgrpo.save_checkpoint(model, tokenizer, tmp_path / "model")
+        weights = drgrpo.full_weights(model, model.config.dtype)
+        drgrpo.save_checkpoint(weights, model, tokenizer, tmp_path / "model")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["base", "model"]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -827,6 +921,7 @@ def test_a_checkpoint_loads_with_the_same_logprobs(ranks, toy, tmp_path, tied, d
     assert {w.dtype for w in weights.values()} == {dtype}
     assert ("lm_head.weight" in weights) == (not tied)
     assert saved.config.architectures == ["Qwen2ForCausalLM"]
+    assert "packed" not in (tmp_path / "model" / "config.json").read_text()
     assert saved.generation_config.eos_token_id == base.generation_config.eos_token_id == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "model")("1+1") == tokenizer("1+1")
     batch = collate(some_rollouts())
@@ -936,7 +1031,7 @@ SAVES = """
 import sys, drgrpo
 from dataclasses import replace
 from test_drgrpo import TOY
-drgrpo.save_checkpoint = lambda model, tokenizer, folder: print("saved", folder)
+drgrpo.save_checkpoint = lambda *args: print("saved", args[-1])
 if __name__ == "__main__":  # the grader's workers import this file
     model, data = sys.argv[1:]
     config = replace(TOY, model=model, dataset=data, eval_dataset=None, steps=3, eval_every=2,

@@ -1,0 +1,1 @@
+"""Each file here is a command; results are in BENCHMARKS.md."""

@@ -1,0 +1,70 @@
+"""Models of known shapes with random weights, and problems and responses of a fixed mix of lengths.
+
+Nothing is downloaded: every shape has the toy model's tokenizer and the vocabulary of its own size.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from templates import Problem
+from toy import make_toy
+
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; the last three: Qwen2.5
+SHAPES = {
+    "10m": (256, 1024, 8, 4, 2, 8192, True),
+    "0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+}
+
+
+def make_model(shape: str, folder: Path = Path("runs/shapes"), seed: int = 0) -> str:
+    """The folder of a checkpoint of this shape; "toy" is the toy base model, which is trained."""
+    make_toy()
+    if shape == "toy":
+        return "runs/toy-base/model"
+    if not (folder / shape / "tokenizer.json").exists():
+        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+        config = Qwen2Config(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            tie_word_embeddings=tied, max_position_embeddings=32768, eos_token_id=0,
+            dtype="bfloat16")
+        torch.manual_seed(seed)
+        torch.set_default_dtype(torch.bfloat16)
+        model = Qwen2ForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        model.generation_config = GenerationConfig(eos_token_id=0)
+        model.save_pretrained(folder / shape)
+        AutoTokenizer.from_pretrained("runs/toy-base/model").save_pretrained(folder / shape)
+    return str(folder / shape)
+
+
+def length_mix(count: int, longest: int, seed: int = 0) -> list[int]:
+    """Log-normal lengths as of a reasoning model's responses: mean 700 where the limit is 3000,
+    and in proportion elsewhere, cut off at the limit."""
+    drawn = np.random.default_rng(seed).lognormal(-0.5, 1.0, count)  # mean 1
+    return [int(n) for n in np.clip(drawn * longest * 700 / 3000, 2, longest)]
+
+
+def make_problems(count: int, tokens: int, seed: int = 0) -> list[Problem]:
+    """Random prompts of so many tokens, each with a fraction as its answer."""
+    draw = random.Random(seed)
+    return [Problem("", [draw.randrange(2, 250) for _ in range(tokens)], [fraction(draw)])
+            for _ in range(count)]
+
+
+def fraction(draw: random.Random) -> str:
+    return f"\\frac{{{draw.randrange(1, 1000)}}}{{997}}"
+
+
+def response_text(gold: str, draw: random.Random) -> str:
+    """A response that is right in half of the cases, and spelled so that it must be computed."""
+    value = gold if draw.random() < 0.5 else f"{draw.randrange(99)}+{fraction(draw)}"
+    return f"\\boxed{{0+{value}}}"

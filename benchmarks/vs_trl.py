@@ -1,0 +1,236 @@
+"""The same work with this trainer and with TRL's GRPOTrainer, in turns, as a ratio of seconds.
+
+    pip install trl==1.16.0
+    python benchmarks/vs_trl.py --shape 10m --longest 512          # the learner alone
+    python benchmarks/vs_trl.py --shape toy --whole                # with sampling and grading
+
+Both get the same model, prompts, Dr. GRPO loss (loss_type="dr_grpo", scale_rewards="none", beta 0),
+number of optimizer steps, precision and AdamW, no activation checkpointing, and a learning rate
+that leaves the model as it is. The learner alone gets the same responses, too: lengths are those of
+`shapes.length_mix`, rewards a coin; then the first step's gradient norms must agree. In the whole
+step both sample for themselves, from the toy's problems, and call the same grader; TRL generates
+with transformers on a CPU, and on a GPU with vLLM in the same process, asleep while it learns, as
+here. The toy model answers; the other shapes have random weights, so each of their responses has
+the full length and gets an answer that is right in half of the cases. TRL runs once for each of
+`--rows` rows a micro-batch, and its best counts. Seconds are of a round, without the first rounds,
+the median over all turns.
+"""
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import drgrpo
+from benchmarks.shapes import length_mix, make_model, response_text
+from benchmarks.step import FixedLengths
+from eval import markdown, versions
+from templates import TEMPLATES, Grader, load_problems, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare with TRL."""
+
+    shape: str = "10m"  # of shapes.py: toy, 10m, 0.5b, 1.5b, 7b
+    whole: bool = False  # the whole step, on the toy's problems; else the learner alone
+    prompts: int = 8  # a round
+    samples: int = 8  # responses to each
+    updates: int = 1  # optimizer steps a round
+    longest: int = 512  # limit of a response, in tokens
+    prompt_tokens: int = 150  # without --whole
+    rows: tuple[int, ...] = (4, 16, 64)  # rows of a micro-batch that TRL is tried with
+    warmup: int = 1  # rounds that do not count
+    rounds: int = 3  # that do
+    turns: int = 2  # how often each side runs
+    side: Literal["both", "ours", "trl"] = "both"  # one side alone prints its figures as JSON
+
+
+def fixed_rollouts(options: Options) -> list[drgrpo.Rollout]:
+    """The same each time: random tokens (never EOS), lengths of the mix, rewards of 0 and 1."""
+    draw, count = np.random.default_rng(0), options.prompts * options.samples
+    prompts = draw.integers(2, 250, (options.prompts, options.prompt_tokens)).tolist()
+    rollouts = []
+    for i, length in enumerate(length_mix(count, options.longest)):
+        response = draw.integers(2, 250, length).tolist()
+        problem = i // options.samples
+        rollouts.append(drgrpo.Rollout(problem, prompts[problem], response, [0.0] * length,
+                                       reward=float(draw.integers(2))))
+    rewards = torch.tensor([r.reward for r in rollouts]).view(options.prompts, -1)
+    for rollout, advantage in zip(rollouts, drgrpo.group_advantages(rewards).flatten().tolist()):
+        rollout.advantage = advantage
+    return rollouts
+
+
+def our_config(options: Options) -> drgrpo.Config:
+    n = options.prompts * options.samples
+    return drgrpo.Config(
+        name="vs_trl", model=make_model(options.shape), dataset="", template="none",
+        prompts_per_step=options.prompts, samples_per_prompt=options.samples, lr=1e-12,
+        responses_per_update=n // options.updates, max_prompt_tokens=options.prompt_tokens,
+        max_response_tokens=options.longest, max_gap=100.0, tis_cap=2.0 if options.whole else None,
+        activation_checkpointing=False)
+
+
+def toy_problems(model: str):
+    tokenizer = load_tokenizer(model, 512)
+    return load_problems("runs/toy-base/train.jsonl", tokenizer, TEMPLATES["none"], 64)[0]
+
+
+def run_ours(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
+    """Seconds of each round, norms of the gradients, and response tokens of each round."""
+    config = our_config(options)
+    seconds, norms, tokens = [], [], []
+    if options.whole:
+        if options.shape != "toy":
+            FixedLengths.lengths = staticmethod(lambda count, longest: [longest] * count)
+            drgrpo.Sampler = FixedLengths
+        parts, problems = drgrpo.start(config), toy_problems(config.model)
+    else:
+        drgrpo.start_ranks()
+        model = drgrpo.make_policy(config)
+        optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), fused=True)
+    for step in range(rounds):
+        start = time.perf_counter()
+        if options.whole:
+            metrics, rollouts = drgrpo.train_step(config, step, problems, *parts)
+        else:
+            rollouts = fixed_rollouts(options)
+            start = time.perf_counter()
+            batches = [[drgrpo.collate(rows) for rows in rank]
+                       for (rank,) in drgrpo.split_updates(rollouts, config, step, 1)]
+            metrics = drgrpo.update(model, optimizer, batches, config)
+        seconds.append(time.perf_counter() - start)
+        norms.append(metrics["grad_norm"])
+        tokens.append(sum(len(r.response_ids) for r in rollouts))
+    if options.whole:
+        parts[3].close()
+        parts[2].close()
+    return seconds, norms, tokens
+
+
+def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    n, (rows,) = options.prompts * options.samples, options.rows
+    rows = min(rows, n // options.updates)
+    path, whole, answers_itself = make_model(options.shape), {}, options.shape == "toy"
+    if options.whole and drgrpo.CUDA:
+        whole = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True,
+                 "vllm_gpu_memory_utilization": 0.6, "vllm_importance_sampling_mode":
+                 "token_truncate", "vllm_importance_sampling_clip_max": 2.0}
+    if options.whole and not answers_itself:
+        whole["generation_kwargs"] = ({"ignore_eos": True} if drgrpo.CUDA
+                                      else {"min_new_tokens": options.longest})
+    args = GRPOConfig(
+        output_dir="runs/vs_trl", loss_type="dr_grpo", scale_rewards="none", beta=0.0,
+        num_generations=options.samples, per_device_train_batch_size=rows,
+        gradient_accumulation_steps=n // options.updates // rows, steps_per_generation=n // rows,
+        max_completion_length=options.longest, temperature=1.0, epsilon=0.2, learning_rate=1e-12,
+        lr_scheduler_type="constant", adam_beta2=0.95, optim="adamw_torch_fused",
+        gradient_checkpointing=False, bf16=drgrpo.CUDA, use_cpu=not drgrpo.CUDA,
+        max_steps=rounds * options.updates, logging_steps=1, save_strategy="no", report_to=[],
+        shuffle_dataset=False,
+        disable_tqdm=True, **whole)
+    seconds, tokens, grader, draw = [], [], Grader("none"), random.Random(0)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            seconds.append(time.perf_counter() - self.start)
+
+    if options.whole:
+        problems = toy_problems(path)[: options.prompts * rounds]
+        data = [{"prompt": p.prompt, "answers": p.answers} for p in problems]
+
+        def reward(prompts, completions, completion_ids, answers, **_):
+            tokens.append(sum(map(len, completion_ids)))
+            if not answers_itself:
+                completions = [response_text(gold, draw) for (gold,) in answers]
+            return grader.grade(completions, answers)
+
+        rollout = None
+    else:
+        fixed = fixed_rollouts(options)
+        data = [{"prompt": str(i)} for i in range(options.prompts)] * rounds
+        rewards = {tuple(r.response_ids): r.reward for r in fixed}
+
+        def reward(prompts, completions, completion_ids, **_):
+            tokens.append(sum(map(len, completion_ids)))
+            return [rewards[tuple(ids)] for ids in completion_ids]
+
+        def rollout(prompts, trainer):
+            left = {str(i): [r for r in fixed if r.problem == i] for i in range(options.prompts)}
+            chosen = [left[prompt].pop() for prompt in prompts]
+            return {"prompt_ids": [r.prompt_ids for r in chosen], "logprobs": None,
+                    "completion_ids": [r.response_ids for r in chosen]}
+
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), args=args,
+        reward_funcs=reward, train_dataset=Dataset.from_list(data), rollout_func=rollout,
+        processing_class=AutoTokenizer.from_pretrained(path), callbacks=[Clock()])
+    trainer.train()
+    grader.close()
+    norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
+    by_round = [sum(seconds[i : i + options.updates])
+                for i in range(0, len(seconds), options.updates)]
+    return by_round, norms, tokens
+
+
+def compare(options: Options) -> str:
+    """Runs the sides in turns, each in a process of its own; returns a table."""
+    sides = [("ours", options.rows[:1])] + [("trl", (rows,)) for rows in options.rows]
+    found = {side: ([], [], []) for side in sides}
+    for _ in range(options.turns):
+        for side, rows in sides:
+            own = [arg for arg in sys.argv[1:]] + ["--side", side, "--rows", *map(str, rows)]
+            done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True,
+                                  env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"})
+            if done.returncode:
+                sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
+            seconds, norms, tokens = json.loads(done.stdout.splitlines()[-1])
+            for all_turns, new in zip(found[side, rows], (seconds, norms[:1], tokens)):
+                all_turns += new[0 if len(new) == 1 else options.warmup:]
+    medians = {side: statistics.median(seconds) for side, (seconds, _, _) in found.items()}
+    ours, best = medians[sides[0]], min(medians[side] for side in sides[1:])
+    table = markdown(
+        ["", "seconds a round (min, max)", "response tokens/s", "first gradient norm", "ours / it"],
+        [["drgrpo.py" if side == "ours" else f"TRL, {rows[0]} rows a micro-batch",
+          f"{medians[side, rows]:.3f} ({min(seconds):.3f}, {max(seconds):.3f})",
+          f"{statistics.mean(tokens) / medians[side, rows]:.0f}", f"{norms[0]:.4g}",
+          f"{ours / medians[side, rows]:.2f}"]
+         for (side, rows), (seconds, norms, tokens) in found.items()])
+    found_versions = versions() | {"trl": version("trl")}
+    device = (torch.cuda.get_device_name() if drgrpo.CUDA
+              else f"{torch.get_num_threads()} CPU threads")
+    return (f"{table}\n\nOurs takes {ours / best:.2f} of TRL's best. {device}; "
+            + ", ".join(f"{name} {v}" for name, v in found_versions.items()))
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    if options.side == "both":
+        print(compare(options))
+        return
+    run = run_ours if options.side == "ours" else run_trl
+    print(json.dumps(run(options, options.warmup + options.rounds)))
+
+
+if __name__ == "__main__":
+    main()
