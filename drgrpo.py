@@ -542,10 +542,10 @@ def update(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     """
     forward = partial(model, temperature=config.temperature)
     totals, seconds = Counter(), {}
-    if len(updates) > 1:  # the old policy is the one before the first of them
-        with timed(seconds, "old_logprobs"), torch.no_grad():
-            for batch in (batch for batches in updates for batch in batches):
-                batch.old_logprobs = forward(batch.ids, batch.response_mask)
+    # the old policy is the one before the first update, whose own log-probs are thus the old ones
+    with timed(seconds, "old_logprobs"), torch.no_grad():
+        for batch in (batch for batches in updates[1:] for batch in batches):
+            batch.old_logprobs = forward(batch.ids, batch.response_mask)
     for batches in updates:
         sums = Counter()
         for batch in batches:

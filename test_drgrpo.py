@@ -451,7 +451,7 @@ def test_the_plans_hours_come_from_measured_figures_only(seven_b, tmp_path, monk
         assert ("from 10,000 and 20,000 tokens/s of `C`, D, torch T" in text) == bool(scale)
         if scale:
             prompt = np.mean([len(p.prompt_ids) for p in prepared[1]])
-            step = 1024 * (700 / 10_000 + (prompt + 700) / 20_000 * 4 / 3) / 8 * scale + 10
+            step = 1024 * (700 / 10_000 + (prompt + 700) / 20_000 * (1 + 7 / 24)) / 8 * scale + 10
             assert f"hours      {300 * step / 3600:,.2f} on 8 x H100" in text
         else:
             assert "no model of a third to three times this size" in text
@@ -891,6 +891,7 @@ def test_what_saves_memory_or_time_makes_the_same_update(ranks, tmp_path, settin
         weights = torch.cat([w.flatten() for _, w in drgrpo.full_weights(policy, torch.float32)])
         after.append((metrics, weights))
     assert after[1][0] == pytest.approx(after[0][0], rel=1e-4, abs=1e-6)
+    assert after[0][0]["kl"] > 1e-4, "the second update's old policy is the one before the first"
     assert_same(after[0][1], after[1][1])
 
 

@@ -146,8 +146,8 @@ def hours(config, model: torch.nn.Module, n: int, prompt: float, response: float
             continue
         sampling = n * response / row["sample_tokens_per_s"] * ratio / config.gpus
         learning = n * (prompt + response) / row["update_tokens_per_s"] * ratio / config.gpus
-        if n > config.responses_per_update:
-            learning *= 4 / 3  # the pass for old log-probs
+        # a forward pass more for the old log-probs of all updates but the first
+        learning *= 1 + (1 - config.responses_per_update / n) / 3
         rest = row["seconds_step"] - row["seconds_sample"] - row["seconds_update"]
         total = config.steps * (sampling + learning + rest) / 3600
         lines.append(

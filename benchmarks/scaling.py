@@ -4,8 +4,8 @@
 
 Each line is a run of benchmarks/step.py in which all responses have one length. Lengths: the same
 number of response tokens each, so a column that stays flat is linear in the length. Groups: the
-same prompts with more responses. Ranks: the same work on more processes, of one thread each on a
-CPU.
+same prompts with more responses. Ranks: the same work on more processes; on a CPU they have one
+thread each.
 """
 
 import json
@@ -32,20 +32,21 @@ class Options:
     lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     groups: tuple[int, ...] = (2, 4, 8, 16, 32)
     ranks: tuple[int, ...] = (1, 2)
-    steps: int = 2  # that count, a line
+    steps: int = 1  # that count, a line
 
 
-def run(options: Options, ranks: int = 1, **settings: int) -> dict:
-    """What step.py measured."""
+def run(options: Options, ranks: int | None = None, **settings: int) -> dict:
+    """What step.py measured, on so many ranks of one thread or, by default, on one of them all."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    command = [sys.executable, *(launcher if ranks > 1 else []), str(STEP), "--shape",
-               options.shape, "--equal", "--json", "--steps", str(options.steps), *arguments]
-    threads = {} if len(settings) == 3 else {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(launcher if ranks else []), str(STEP), "--shape",
+               options.shape, "--equal", "--json", "--no-plain", "--steps", str(options.steps),
+               *arguments]
+    threads = {"OMP_NUM_THREADS": "1"} if ranks else {}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    print(f"done: {ranks} rank(s), {settings}", file=sys.stderr)
+    print(f"done: {settings}, ranks: {ranks}", file=sys.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -64,8 +65,8 @@ def main() -> None:
             for length in options.lengths]
     rows += [line(f"group of {group}", run(options, longest=128, samples=group, prompts=4))
              for group in options.groups]
-    rows += [line(f"{ranks} rank(s), one thread each",
-                  run(options, ranks, longest=256, samples=8, prompts=4, warmup=1))
+    rows += [line(f"{ranks} rank(s)",
+                  run(options, ranks, longest=256, samples=8, prompts=4))
              for ranks in options.ranks]
     print(markdown(["", "tokens sampled", "sample (s)", "µs a token", "tokens trained", "learn (s)",
                     "µs a token", "MFU", "step (s)"], rows))

@@ -64,7 +64,7 @@ def fraction(draw: random.Random) -> str:
     return f"\\frac{{{draw.randrange(1, 1000)}}}{{997}}"
 
 
-def response_text(gold: str, draw: random.Random) -> str:
-    """A response that is right in half of the cases, and spelled so that it must be computed."""
-    value = gold if draw.random() < 0.5 else f"{draw.randrange(99)}+{fraction(draw)}"
+def response_text(gold: str, right: bool, draw: random.Random) -> str:
+    """A response whose answer is spelled so that it must be computed."""
+    value = gold if right else f"{draw.randrange(99)}+{fraction(draw)}"
     return f"\\boxed{{0+{value}}}"

@@ -5,9 +5,9 @@
 
 The model has random weights, so the lengths of the responses are fixed beforehand: those of
 `shapes.length_mix`, alike in a group; everything else is the trainer's own code. Each response gets
-a boxed fraction to be graded, right in half of the cases. The first steps warm up and do not count;
-the table has the median of the others. `--save` adds the figures to benchmarks/measured.jsonl, from
-which `drgrpo.py --plan` takes the hours of a run.
+a boxed fraction to be graded, every second one of a group right. The first steps warm up and do
+not count; the table has the median of the others. `--save` adds the figures to
+benchmarks/measured.jsonl, from which `drgrpo.py --plan` takes the hours of a run.
 
 The learner's model FLOPs: 6 * (tokens * weights of the layers + response tokens * weights of the
 head + layers * heads * head_dim * sum of length^2), the last for causal attention; what activation
@@ -59,6 +59,7 @@ class Options:
     compile: bool = False
     warmup: int = 1  # steps that do not count
     steps: int = 3  # that do
+    plain: bool = True  # afterwards, sample with plain vLLM in turns with ours
     save: bool = False  # add the figures to benchmarks/measured.jsonl
     json: bool = False  # print the figures as one line of JSON, in place of the table
 
@@ -98,8 +99,9 @@ class FixedLengths(drgrpo.Sampler):
 
         def answer(i, group):
             draw = random.Random(seeds[i])
-            for r in group:
-                r.text, r.finish_reason = response_text(problems[i].answers[0], draw), "stop"
+            for j, r in enumerate(group):
+                r.text = response_text(problems[i].answers[0], j % 2 == 0, draw)
+                r.finish_reason = "stop"
             finished(i, group)
 
         engine.add_request = add_fixed
@@ -167,15 +169,20 @@ def peak_flops() -> tuple[str, float]:
     return f"{torch.get_num_threads()} threads of a {platform.machine()} CPU", best
 
 
-class Processed:
-    """Counts the tokens that go through the model's layers, padding too."""
+class Passes:
+    """Counts the tokens that the model is asked for, and those that go through its layers."""
 
     def __init__(self, model):
-        self.tokens = 0
-        model.get_decoder().layers[0].register_forward_pre_hook(self.count)
+        self.real = self.processed = 0
+        model.register_forward_pre_hook(self.asked)
+        model.get_decoder().register_forward_pre_hook(self.computed, with_kwargs=True)
 
-    def count(self, layer, inputs):
-        self.tokens += inputs[0].shape[:-1].numel()
+    def asked(self, model, inputs):
+        mask = inputs[1].bool()  # (B, T-1): up to the last response token, the padding left out
+        self.real += sum(int(row.nonzero()[-1]) + 2 if row.any() else 1 for row in mask)
+
+    def computed(self, decoder, inputs, kwargs):
+        self.processed += inputs[0].numel()
 
 
 def make_config(options: Options) -> drgrpo.Config:
@@ -189,18 +196,17 @@ def make_config(options: Options) -> drgrpo.Config:
         activation_checkpointing=options.activation_checkpointing, compile=options.compile)
 
 
-def figures(metrics: dict, rollouts: list, processed: int, options: Options) -> dict[str, float]:
-    """Of one step. `processed`: tokens that went through the layers, padding and all passes."""
+def figures(metrics: dict, rollouts: list) -> dict[str, float]:
+    """Of one step."""
     seconds = {k: v for k, v in metrics.items() if k.startswith("seconds_")}
-    old = seconds.get("seconds_old_logprobs", 0.0)  # part of the update
+    old = seconds["seconds_old_logprobs"]  # part of the update
     learn, trained = seconds["seconds_update"] - old, [r for r in rollouts if r.advantage != 0]
     sampled, tokens = sum(len(r.response_ids) for r in rollouts), sum(map(len, trained))
-    passes = 1 + options.activation_checkpointing + (options.updates > 1)
     return seconds | {
         "seconds_step": sum(seconds.values()) - old, "sampled": sampled, "trained": tokens,
         "sample_tokens_per_s": sampled / seconds["seconds_sample"],
         "update_tokens_per_s": tokens / learn, "seconds_learn": learn,
-        "real_tokens": tokens * passes / processed, "gap": metrics["gap"]}
+        "gap": metrics["gap"]}
 
 
 def measure(options: Options) -> tuple[dict, dict[str, float]]:
@@ -210,20 +216,21 @@ def measure(options: Options) -> tuple[dict, dict[str, float]]:
     if options.equal:
         FixedLengths.lengths = staticmethod(lambda count, longest: [longest] * count)
     model, optimizer, sampler, grader = drgrpo.start(config)
-    ranks, processed = dist.get_world_size(), Processed(model)
+    ranks, passes = dist.get_world_size(), Passes(model)
     problems, rows = make_problems(options.prompts, options.prompt_tokens), []
     for step in range(options.warmup + options.steps):
-        before = processed.tokens
         metrics, rollouts = drgrpo.train_step(config, step, problems, model, optimizer, sampler,
                                               grader)
-        tokens = drgrpo.all_reduce({"tokens": processed.tokens - before})["tokens"]
-        rows.append(figures(metrics, rollouts, tokens, options))
+        rows.append(figures(metrics, rollouts))
     result = {key: statistics.median(row[key] for row in rows[options.warmup:]) for key in rows[0]}
     flops = model_flops(model, [r for r in rollouts if r.advantage != 0])
+    tokens = drgrpo.all_reduce({"real": passes.real, "processed": passes.processed})
     result |= {"device": device, "parameters": sum(p.numel() for p in model.parameters()),
                "ranks": ranks, "given_back": sampler.given_back,
+               "real_tokens": tokens["real"] / tokens["processed"],
                "mfu": flops / result["seconds_learn"] / peak / ranks,
-               "against_plain": against_plain_vllm(sampler, problems[:: ranks], config)}
+               "against_plain": against_plain_vllm(sampler, problems[::ranks], config)
+               if options.plain else None}
     result["is_rank_0"] = dist.get_rank() == 0
     grader.close()
     sampler.close()
@@ -249,8 +256,8 @@ def report(result: dict, peaks: dict[str, float]) -> str:
         "sample": result["sampled"], "update": result["trained"], "old_logprobs": result["trained"]}
     rows = []
     for phase in ("sample", "sleep", "score", "update", "old_logprobs", "sync"):
-        seconds = result.get(f"seconds_{phase}")
-        if seconds is not None:
+        seconds = result[f"seconds_{phase}"]
+        if phase != "old_logprobs" or result["updates"] > 1:
             rate = f"{tokens[phase] / seconds:.0f}" if phase in tokens else ""
             name = {"old_logprobs": "- of it old log-probs", "score": "waiting for the grader",
                     "sync": "wake and sync"}.get(phase, phase)
@@ -259,10 +266,11 @@ def report(result: dict, peaks: dict[str, float]) -> str:
     rows.append(["whole step", f"{whole:.3f}", "", f"{result['sampled'] / whole:.0f}", ""])
     return (markdown(["phase", "seconds", "share", "tokens/s", "peak memory (GiB)"], rows)
             + f"\n\nReal tokens among processed: {result['real_tokens']:.1%}. Learner: "
-            f"{result['update_tokens_per_s']:.0f} tokens/s, MFU {result['mfu']:.1%}. Sampling: "
-            f"{result['against_plain']:.1%} of plain vLLM's tokens/s. " +
-            (f"Memory given back asleep: {result['given_back']:.1%}. "
-             if result["given_back"] is not None else "")
+            f"{result['update_tokens_per_s']:.0f} tokens/s, MFU {result['mfu']:.1%}. "
+            + (f"Sampling: {result['against_plain']:.1%} of plain vLLM's tokens/s. "
+               if result["against_plain"] is not None else "")
+            + (f"Memory given back asleep: {result['given_back']:.1%}. "
+               if result["given_back"] is not None else "")
             + f"Gap {result['gap']:.2g}. {result['device']}, {result['ranks']} rank(s); "
             + ", ".join(f"{k} {v}" for k, v in versions().items()))
 

@@ -11,9 +11,9 @@ that leaves the model as it is. The learner alone gets the same responses, too: 
 step both sample for themselves, from the toy's problems, and call the same grader; TRL generates
 with transformers on a CPU, and on a GPU with vLLM in the same process, asleep while it learns, as
 here. The toy model answers; the other shapes have random weights, so each of their responses has
-the full length and gets an answer that is right in half of the cases. TRL runs once for each of
-`--rows` rows a micro-batch, and its best counts. Seconds are of a round, without the first rounds,
-the median over all turns.
+the full length and gets an answer, every second one right. TRL runs once for each of `--rows` rows
+a micro-batch, and its best counts. Seconds are of a round, without the first rounds, the median
+over all turns.
 """
 
 import json
@@ -162,7 +162,8 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
         def reward(prompts, completions, completion_ids, answers, **_):
             tokens.append(sum(map(len, completion_ids)))
             if not answers_itself:
-                completions = [response_text(gold, draw) for (gold,) in answers]
+                completions = [response_text(gold, i % 2 == 0, draw)
+                               for i, (gold,) in enumerate(answers)]
             return grader.grade(completions, answers)
 
         rollout = None
