@@ -32,6 +32,7 @@ import torch.distributed as dist
 import tyro
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from templates import (TEMPLATES, TIMEOUT, Grader, Problem, Template, answer_in_loose_tags,
                        derive_seed, find_template, last_boxed, load_task, load_tokenizer)
@@ -45,6 +46,9 @@ def start_ranks(name: str = "") -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}
     for key, value in (alone | {"MASTER_ADDR": "127.0.0.1"}).items():
         os.environ.setdefault(key, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keep the engine in this process
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -457,6 +461,17 @@ def record(config, metrics: dict, problems: list[Problem], rollouts: list, write
     for key, value in metrics.items():
         if writer and value is not None:
             writer.add_scalar(key, value, metrics["step"])
+
+
+def full_weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each weight by its checkpoint's name, gathered from all ranks, one at a time.
+
+    From state_dict: named_parameters would leave out a head that is tied to the embedding.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # offloaded ones are on the CPU
+    for name, weight in model.state_dict().items():
+        weight = weight.detach().to(device, dtype)  # before gathering: half the traffic
+        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def save_checkpoint(gathered: Iterable[tuple[str, torch.Tensor]], model, tokenizer,

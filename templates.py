@@ -405,10 +405,15 @@ def load_tokenizer(model: str, context: int, training: bool = False):
             f"prompt and response may together have {context} tokens, but the context of {model} "
             f"is {config.max_position_embeddings}: lower --max-prompt-tokens or "
             "--max-response-tokens")
-    window = "sliding_attention" in getattr(config, "layer_types", ()) and config.sliding_window
-    if training and (0 < window < context or getattr(config, "attn_logit_softcapping", None)):
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]  # unless they say more
+    window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+    if training and (0 < (window or 0) < context or getattr(config, "attn_logit_softcapping", 0)):
         raise ValueError(f"{model} has sliding-window or soft-capped attention, which "
                          "packed_attention in drgrpo.py does not compute: add it there")
+    scales = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    if training and any(getattr(config, key, None) not in (None, 1) for key in scales):
+        raise ValueError(f"{model} changes its logits ({', '.join(scales)}), which HeadLogprobs in "
+                         "drgrpo.py does not compute: add it there")
     if drops := [key for key, value in config.to_dict().items() if training and value
                  and ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float)]:
         raise ValueError(f"{model} has dropout, with which no log-prob is ever the same twice: set "
@@ -477,7 +482,7 @@ def load_problems(source: str, tokenizer, template: Template, max_prompt_tokens:
 def prepare(config):
     """All that can go wrong in a training run before a model loads. Returns tokenizer, problems,
     held-out problems and counts of dropped rows. Raises ValueError that says what to change."""
-    if (config.folder / "metrics.jsonl").exists():
+    if (config.folder / "metrics.jsonl").exists() and not config.plan:
         raise ValueError(f"{config.folder} holds a run already: remove it, or choose a --name")
     for package in {"no": (), "wandb": ("tensorboard", "wandb")}.get(config.track, (config.track,)):
         if importlib.util.find_spec(package) is None:

@@ -27,7 +27,8 @@ import torch
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GraniteConfig,
+                          MistralConfig, Qwen2Config, Qwen2ForCausalLM)
 
 import drgrpo
 import eval as evaluation
@@ -409,11 +410,13 @@ def test_a_plan_needs_no_weights_and_reckons_with_the_models_size(seven_b):
     assert "7,615,616,512 parameters" in text and "5000 problems, 500 held out" in text
     assert "128 prompts x 8 responses = 1024; 8 update(s) of 128" in text
     assert "| master weights | 3.8 |" in text and "| Adam's moments | 7.6 |" in text
-    assert "| gradients not yet reduced | 0.0 |" in text
+    assert "1 to 4 micro-batch(es)" in text and "| gradients | 30.5 |" in text
     assert "not yet measured on a GPU" in text and "| 24 GB |" in text
-    offloaded = replace(seven_b, offload=True, tokens_per_microbatch=4096, gpus=2)
+    one = replace(seven_b, tokens_per_microbatch=65536)
+    assert "| gradients | 3.8 |" in planning.plan(one, *drgrpo.prepare(one))
+    offloaded = replace(seven_b, offload=True, gpus=2)
     text = planning.plan(offloaded, *drgrpo.prepare(offloaded))
-    assert "| master weights | 0.0 |" in text and "| gradients not yet reduced | 30.5 |" in text
+    assert "| master weights | 0.0 |" in text and "| gradients | 0.0 |" in text
 
 
 def kept_by_autograd(model):
@@ -441,18 +444,23 @@ def test_the_plans_activations_are_what_autograd_keeps():
 
 def test_the_plans_hours_come_from_measured_figures_only(seven_b, tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "MEASURED", tmp_path / "measured.jsonl")
-    row = {"device": "H100", "parameters": 7_615_616_512, "sample_tokens_per_s": 10_000,
+    row = {"device": "H100", "ranks": 4, "activation_checkpointing": False,
+           "parameters": 7_615_616_512, "sample_tokens_per_s": 10_000,
            "update_tokens_per_s": 20_000, "seconds_sample": 1, "seconds_update": 1,
            "seconds_step": 12, "command": "C", "date": "D", "versions": {"torch": "T"}}
     prepared = drgrpo.prepare(seven_b)
     for parameters, scale in ((7_615_616_512, 1), (3_807_808_256, 2), (1_000_000_000, None)):
-        planning.MEASURED.write_text(json.dumps(row | {"parameters": parameters}) + "\n")
+        lines = [row | {"parameters": parameters} | old for old in ({"seconds_step": 99}, {})]
+        planning.MEASURED.write_text("".join(json.dumps(line) + "\n" for line in lines))
         text = planning.plan(seven_b, *prepared)
         assert ("from 10,000 and 20,000 tokens/s of `C`, D, torch T" in text) == bool(scale)
         if scale:
             prompt = np.mean([len(p.prompt_ids) for p in prepared[1]])
-            step = 1024 * (700 / 10_000 + (prompt + 700) / 20_000 * (1 + 7 / 24)) / 8 * scale + 10
+            # three passes measured, and here one more for checkpointing and 7/8 for old log-probs
+            learning = (prompt + 700) / 20_000 * (4 + 7 / 8) / 3
+            step = 1024 * (700 / 10_000 + learning) * 4 / 8 * scale + 10
             assert f"hours      {300 * step / 3600:,.2f} on 8 x H100" in text
+            assert text.count("hours  ") == 1, "of two measurements the later one"
         else:
             assert "no model of a third to three times this size" in text
 
@@ -619,6 +627,13 @@ def test_a_model_with_sliding_attention_is_refused_where_the_window_matters(toy,
     load_tokenizer(str(tmp_path), 64, training=True)
     with pytest.raises(ValueError, match="sliding-window"):
         load_tokenizer(str(tmp_path), 65, training=True)
+    for config in (MistralConfig(sliding_window=64), Gemma2Config(sliding_window=None),
+                   GraniteConfig(logits_scaling=8.0)):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="does not compute: add it there"):
+            load_tokenizer(str(tmp_path), 65, training=True)
+    MistralConfig(sliding_window=None).save_pretrained(tmp_path)
+    load_tokenizer(str(tmp_path), 65, training=True)
 
 
 def test_a_template_that_writes_bos_gets_one_bos(toy, tmp_path):
@@ -699,10 +714,13 @@ def test_on_a_gpu_the_engine_takes_what_the_policy_leaves_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info",
                         lambda: calls.append("ask") or (60 * 2**30, 80 * 2**30))
     monkeypatch.setattr(vllm, "LLM", lambda model, **given: settings.update(given))
+    monkeypatch.setattr(drgrpo.dist, "all_reduce", lambda tensor: calls.append("NCCL"))
     Sampler("model", 100, reserve=17 * 2**30)
     assert settings["gpu_memory_utilization"] == pytest.approx((0.95 * 60 - 17) / 80)
     assert settings["enable_sleep_mode"] and "enforce_eager" not in settings  # CUDA graphs
-    assert settings["dtype"] == torch.bfloat16 and calls == ["empty", "ask"]
+    assert settings["dtype"] == torch.bfloat16 and calls == ["NCCL", "empty", "ask"]
+    with pytest.raises(ValueError, match="--offload, or more GPUs"):
+        Sampler("model", 100, reserve=57 * 2**30)
 
 
 @pytest.fixture(scope="session")
@@ -956,7 +974,8 @@ from test_drgrpo import TOY, some_rollouts
 drgrpo.start_ranks()
 rank, world = drgrpo.dist.get_rank(), drgrpo.dist.get_world_size()
 config = replace(TOY, model=sys.argv[1], prompts_per_step=4, samples_per_prompt=6,
-                 responses_per_update=12, tokens_per_microbatch=40, max_gap=100)
+                 responses_per_update=12, tokens_per_microbatch=40, max_gap=100,
+                 activation_checkpointing=True)
 model = drgrpo.make_policy(config)
 optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
 metrics, reductions = [], []

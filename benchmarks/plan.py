@@ -26,9 +26,10 @@ def plan(config, tokenizer, problems: list, held_out: list, dropped: dict[str, i
     response = config.max_response_tokens * MEAN_SHARE
     prompt = sum(len(p.prompt_ids) for p in problems) / len(problems)
     n = config.prompts_per_step * config.samples_per_prompt
-    per_update = config.responses_per_update * (prompt + response) / config.gpus
-    microbatches = math.ceil(per_update / config.tokens_per_microbatch)
-    parts = learner_memory(config, model, microbatches)
+    tokens = [config.responses_per_update * (prompt + length) / config.gpus
+              for length in (response, config.max_response_tokens)]  # usually, at most
+    microbatches = [math.ceil(n / config.tokens_per_microbatch) for n in tokens]
+    parts = learner_memory(config, model, microbatches[1])
     lines = [
         f"{config.name}: {config.model} on {config.gpus} GPU(s), {config.steps} steps",
         "",
@@ -42,7 +43,7 @@ def plan(config, tokenizer, problems: list, held_out: list, dropped: dict[str, i
         f"{model.config.num_hidden_layers} layers; vocabulary {model.config.vocab_size}",
         f"a step     {config.prompts_per_step} prompts x {config.samples_per_prompt} responses = "
         f"{n}; {n // config.responses_per_update} update(s) of {config.responses_per_update}, "
-        f"about {microbatches} micro-batch(es) a GPU each",
+        f"{microbatches[0]} to {microbatches[1]} micro-batch(es) a GPU each",
         f"tokens     {n * response:,.0f} of responses a step, if they are {response:.0f} on "
         f"average ({MEAN_SHARE:.0%} of the limit: an assumption); "
         f"{n * config.max_response_tokens:,} at most",
@@ -94,7 +95,8 @@ def learner_memory(config, model: torch.nn.Module, microbatches: int) -> list[tu
     weights, layers = count(model.parameters()), model.config.num_hidden_layers
     layer = count(model.get_decoder().layers[0].parameters())
     rest = weights - count(model.get_decoder().layers.parameters())
-    tokens, width = config.tokens_per_microbatch, model.config.hidden_size
+    context = config.max_prompt_tokens + config.max_response_tokens
+    tokens, width = max(config.tokens_per_microbatch, context), model.config.hidden_size
     inside = layer_activations(model)
     on_gpu = 0 if config.offload else 1
     if config.activation_checkpointing:
@@ -104,9 +106,8 @@ def learner_memory(config, model: torch.nn.Module, microbatches: int) -> list[tu
     return [
         ("master weights", on_gpu * 4 * weights / config.gpus, "4 B a weight, over all GPUs"),
         ("Adam's moments", on_gpu * 8 * weights / config.gpus, "8 B a weight, over all GPUs"),
-        ("gradients", on_gpu * 4 * weights / config.gpus, "4 B a weight, over all GPUs"),
-        ("gradients not yet reduced", 4 * weights * (microbatches > 1),
-         "4 B a weight, with several micro-batches"),
+        ("gradients", on_gpu * 4 * weights / (1 if microbatches > 1 else config.gpus),
+         "4 B a weight: all of them until the last micro-batch, if there are several"),
         ("gathered weights", 2 * rest + 2 * 2 * layer, "2 B: embedding, head and two layers"),
         ("their gradients", 2 * rest + 2 * 2 * layer, "2 B a weight"),
         ("activations", tokens * kept, f"{how}, {tokens} tokens x {kept:,} B"),
@@ -120,11 +121,12 @@ def sampler_memory(config, model: torch.nn.Module, parts: list[tuple]) -> list[s
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     per_token = 2 * 2 * c.num_hidden_layers * c.num_key_value_heads * head_dim
     learning = sum(size for _, size, _ in parts)
-    resting = sum(size for name, size, _ in parts[:2])
+    masters, resting = parts[0][1], parts[0][1] + parts[1][1]
     context = config.max_prompt_tokens + config.max_response_tokens
     rows = []
     for size in GPU_SIZES:
-        cache = 0.95 * (size * GB - resting) - 2 * count(model.parameters())
+        # as Sampler reckons: the moments are not there yet when it starts
+        cache = 0.95 * (size * GB - masters) - (resting - masters) - 2 * count(model.parameters())
         fits = learning < size * GB and cache > context * per_token
         room = f"{cache / per_token / context:,.0f} of {context} tokens" if fits else "does not fit"
         rows.append([f"{size} GB", f"{learning / GB:.1f}", room])
@@ -132,7 +134,7 @@ def sampler_memory(config, model: torch.nn.Module, parts: list[tuple]) -> list[s
         f"{learning / GB:.1f} GB in all, without CUDA's context, communication buffers and what "
         f"vLLM keeps asleep.\nWhile it samples: {resting / GB:.1f} GB of masters and moments, "
         f"{2 * count(model.parameters()) / GB:.1f} GB of vLLM's weights, and the cache "
-        f"({per_token:,} B a token).", "",
+        f"({per_token:,} B a token),\nwithout vLLM's own activations and CUDA graphs.", "",
         markdown(["GPU", "GB to learn", "full-length responses in flight on a GPU"], rows)]
 
 
@@ -140,14 +142,17 @@ def hours(config, model: torch.nn.Module, n: int, prompt: float, response: float
     """A line for each device that step.py has measured with a model of like size."""
     rows = [json.loads(line) for line in MEASURED.read_text().splitlines()]
     weights, lines = count(model.parameters()), []
-    for row in rows:
+    for row in {(row["device"], row["parameters"]): row for row in rows}.values():  # the latest
         ratio = weights / row["parameters"]
         if not 1 / 3 <= ratio <= 3:
             continue
-        sampling = n * response / row["sample_tokens_per_s"] * ratio / config.gpus
-        learning = n * (prompt + response) / row["update_tokens_per_s"] * ratio / config.gpus
-        # a forward pass more for the old log-probs of all updates but the first
-        learning *= 1 + (1 - config.responses_per_update / n) / 3
+        scale = ratio * row["ranks"] / config.gpus  # its tokens/s are those of all its ranks
+        sampling = n * response / row["sample_tokens_per_s"] * scale
+        learning = n * (prompt + response) / row["update_tokens_per_s"] * scale
+        # in forward passes: the backward pass is two, checkpointing one more, and one for the old
+        # log-probs of all updates but the first
+        learning *= (3 + config.activation_checkpointing + 1 - config.responses_per_update / n) / (
+            3 + row["activation_checkpointing"])
         rest = row["seconds_step"] - row["seconds_sample"] - row["seconds_update"]
         total = config.steps * (sampling + learning + rest) / 3600
         lines.append(
@@ -159,8 +164,8 @@ def hours(config, model: torch.nn.Module, n: int, prompt: float, response: float
     if not any("cpu" not in row["device"].lower() for row in rows):
         lines.append(
             "hours      on a GPU: not yet measured on a GPU. `python benchmarks/step.py --save "
-            "--shape 0.5b` (or 1.5b, 7b) on one of yours adds its tokens/s to "
-            "benchmarks/measured.jsonl, and --plan then uses them.")
+            "--shape 1.5b --prompts 16 --activation-checkpointing` (or 0.5b, 7b) on yours adds its "
+            "tokens/s to benchmarks/measured.jsonl, and --plan then uses them.")
     elif not lines:
         lines.append("hours      no model of a third to three times this size has been measured: "
                      "run `python benchmarks/step.py --save --shape ...` with a nearer one.")

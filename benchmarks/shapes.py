@@ -5,10 +5,12 @@ Nothing is downloaded: every shape has the toy model's tokenizer and the vocabul
 
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -29,26 +31,34 @@ def make_model(shape: str, folder: Path = Path("runs/shapes"), seed: int = 0) ->
     make_toy()
     if shape == "toy":
         return "runs/toy-base/model"
-    if not (folder / shape / "tokenizer.json").exists():
-        hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
-        config = Qwen2Config(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
-            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            tie_word_embeddings=tied, max_position_embeddings=32768, eos_token_id=0,
-            dtype="bfloat16")
-        torch.manual_seed(seed)
-        torch.set_default_dtype(torch.bfloat16)
-        model = Qwen2ForCausalLM(config)
-        torch.set_default_dtype(torch.float32)
-        model.generation_config = GenerationConfig(eos_token_id=0)
-        model.save_pretrained(folder / shape)
-        AutoTokenizer.from_pretrained("runs/toy-base/model").save_pretrained(folder / shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{shape}.lock"):  # of several ranks one makes it, the others wait
+        if not (folder / shape).exists():
+            with tempfile.TemporaryDirectory(dir=folder) as temporary:
+                random_model(shape, seed).save_pretrained(f"{temporary}/{shape}")
+                tokenizer = AutoTokenizer.from_pretrained("runs/toy-base/model")
+                tokenizer.save_pretrained(f"{temporary}/{shape}")
+                Path(temporary, shape).rename(folder / shape)
     return str(folder / shape)
 
 
+def random_model(shape: str, seed: int) -> Qwen2ForCausalLM:
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    config = Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied, max_position_embeddings=32768, eos_token_id=0, dtype="bfloat16")
+    torch.manual_seed(seed)
+    torch.set_default_dtype(torch.bfloat16)
+    model = Qwen2ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.generation_config = GenerationConfig(eos_token_id=0)
+    return model
+
+
 def length_mix(count: int, longest: int, seed: int = 0) -> list[int]:
-    """Log-normal lengths as of a reasoning model's responses: mean 700 where the limit is 3000,
-    and in proportion elsewhere, cut off at the limit."""
+    """Log-normal lengths as of a reasoning model's responses: of mean 700 before they are cut off
+    at a limit of 3000, and in proportion elsewhere."""
     drawn = np.random.default_rng(seed).lognormal(-0.5, 1.0, count)  # mean 1
     return [int(n) for n in np.clip(drawn * longest * 700 / 3000, 2, longest)]
 

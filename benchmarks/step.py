@@ -17,6 +17,7 @@ best matrix product in fp32 here.
 """
 
 import json
+import os
 import platform
 import random
 import shlex
@@ -39,7 +40,7 @@ from benchmarks.shapes import SHAPES, length_mix, make_model, make_problems, res
 from eval import markdown, versions
 
 MEASURED = Path(__file__).with_name("measured.jsonl")
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, data sheets (SXM)
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, data sheets
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,12 @@ class FixedLengths(drgrpo.Sampler):
     """A sampler whose responses to each problem have the length that the mix says."""
 
     given_back = None  # share of the GPU memory that the engine held which sleep gives back
-    lengths = staticmethod(length_mix)
+    equal = False  # whether all responses have the longest length, in place of the mix
+
+    def lengths(self, count: int, longest: int) -> list[int]:
+        """This rank's, one for each of its problems."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        return [longest] * count if self.equal else length_mix(count * world, longest)[rank::world]
 
     def __init__(self, *args, **kwargs):
         self.without_engine = memory_in_use()
@@ -77,7 +83,7 @@ class FixedLengths(drgrpo.Sampler):
     def sleep(self):
         awake = memory_in_use()
         super().sleep()
-        if drgrpo.CUDA:
+        if drgrpo.CUDA and self.given_back is None:  # later the policy has taken memory, too
             self.given_back = (awake - memory_in_use()) / (awake - self.without_engine)
 
     def plain(self, problems, n, max_tokens, temperature):
@@ -112,8 +118,8 @@ class FixedLengths(drgrpo.Sampler):
 
 def memory_in_use() -> float:
     """GiB: on a GPU all that is taken from the device, by vLLM too; on a CPU this process's."""
-    if drgrpo.CUDA:
-        free, total = torch.cuda.mem_get_info()
+    if drgrpo.CUDA:  # any thread may ask, and only the main one has a current device
+        free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))
         return (total - free) / 2**30
     return psutil.Process().memory_info().rss / 2**30
 
@@ -213,8 +219,7 @@ def measure(options: Options) -> tuple[dict, dict[str, float]]:
     """What was measured, medians over the steps; and GiB by phase."""
     config, (device, peak) = make_config(options), peak_flops()
     drgrpo.Sampler, drgrpo.timed = FixedLengths, Watch()
-    if options.equal:
-        FixedLengths.lengths = staticmethod(lambda count, longest: [longest] * count)
+    FixedLengths.equal = options.equal
     model, optimizer, sampler, grader = drgrpo.start(config)
     ranks, passes = dist.get_world_size(), Passes(model)
     problems, rows = make_problems(options.prompts, options.prompt_tokens), []
@@ -238,7 +243,8 @@ def measure(options: Options) -> tuple[dict, dict[str, float]]:
 
 
 def against_plain_vllm(sampler: FixedLengths, problems: list, config: drgrpo.Config) -> float:
-    """Tokens/s of our sampler over those of plain vLLM: best of three each, in turns."""
+    """Tokens/s of our sampler over those of plain vLLM: best of three each, in turns. Ours has to
+    return log-probs and takes a seed a request; plain vLLM decodes token by token."""
     args, times = (config.samples_per_prompt, config.max_response_tokens, 1.0), ([], [])
     for turn in range(6):
         sampler.llm.reset_prefix_cache()
@@ -253,7 +259,8 @@ def against_plain_vllm(sampler: FixedLengths, problems: list, config: drgrpo.Con
 
 def report(result: dict, peaks: dict[str, float]) -> str:
     whole, tokens = result["seconds_step"], {
-        "sample": result["sampled"], "update": result["trained"], "old_logprobs": result["trained"]}
+        "sample": result["sampled"], "update": result["trained"],
+        "old_logprobs": result["trained"] * (1 - 1 / result["updates"])}  # not for the first
     rows = []
     for phase in ("sample", "sleep", "score", "update", "old_logprobs", "sync"):
         seconds = result[f"seconds_{phase}"]

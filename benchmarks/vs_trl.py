@@ -7,7 +7,9 @@
 Both get the same model, prompts, Dr. GRPO loss (loss_type="dr_grpo", scale_rewards="none", beta 0),
 number of optimizer steps, precision and AdamW, no activation checkpointing, and a learning rate
 that leaves the model as it is. The learner alone gets the same responses, too: lengths are those of
-`shapes.length_mix`, rewards a coin; then the first step's gradient norms must agree. In the whole
+`shapes.length_mix`, rewards a coin; with one update a round, the first gradient norms must agree,
+and what TRL does before its first forward pass (decoding, rewards, padding) is not counted, though
+our own padding is. TRL also computes the entropy of every token, which it logs. In the whole
 step both sample for themselves, from the toy's problems, and call the same grader; TRL generates
 with transformers on a CPU, and on a GPU with vLLM in the same process, asleep while it learns, as
 here. The toy model answers; the other shapes have random weights, so each of their responses has
@@ -95,8 +97,7 @@ def run_ours(options: Options, rounds: int) -> tuple[list[float], list[float], l
     seconds, norms, tokens = [], [], []
     if options.whole:
         if options.shape != "toy":
-            FixedLengths.lengths = staticmethod(lambda count, longest: [longest] * count)
-            drgrpo.Sampler = FixedLengths
+            drgrpo.Sampler, FixedLengths.equal = FixedLengths, True
         parts, problems = drgrpo.start(config), toy_problems(config.model)
     else:
         drgrpo.start_ranks()
@@ -155,6 +156,7 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
         def on_step_end(self, *_, **__):
             seconds.append(time.perf_counter() - self.start)
 
+    clock = Clock()
     if options.whole:
         problems = toy_problems(path)[: options.prompts * rounds]
         data = [{"prompt": p.prompt, "answers": p.answers} for p in problems]
@@ -185,7 +187,17 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), args=args,
         reward_funcs=reward, train_dataset=Dataset.from_list(data), rollout_func=rollout,
-        processing_class=AutoTokenizer.from_pretrained(path), callbacks=[Clock()])
+        processing_class=AutoTokenizer.from_pretrained(path), callbacks=[clock])
+    if not options.whole and options.updates == 1:  # with more, old log-probs are in it
+        score = trainer._generate_and_score_completions
+
+        def uncounted(inputs):
+            start = time.perf_counter()
+            outputs = score(inputs)
+            clock.start += time.perf_counter() - start
+            return outputs
+
+        trainer._generate_and_score_completions = uncounted
     trainer.train()
     grader.close()
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
@@ -208,6 +220,9 @@ def compare(options: Options) -> str:
             seconds, norms, tokens = json.loads(done.stdout.splitlines()[-1])
             for all_turns, new in zip(found[side, rows], (seconds, norms[:1], tokens)):
                 all_turns += new[0 if len(new) == 1 else options.warmup:]
+    norms = [norms[0] for _, norms, _ in found.values()]
+    if not options.whole and options.updates == 1 and max(norms) > 1.01 * min(norms):
+        sys.exit(f"the sides did not do the same work: first gradient norms {norms}")
     medians = {side: statistics.median(seconds) for side, (seconds, _, _) in found.items()}
     ours, best = medians[sides[0]], min(medians[side] for side in sides[1:])
     table = markdown(
