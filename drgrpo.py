@@ -32,6 +32,7 @@ Not a framework: copy this file and change it.
 import gc
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -262,7 +263,8 @@ class HeadLogprobs(torch.autograd.Function):
         return torch.cat(grad_hidden), grad_weight.to(weight.dtype), None, None
 
 
-def chunks(weight: torch.Tensor, *tensors: torch.Tensor):
+def chunks(weight: torch.Tensor, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors' rows together, so many at a time that LOGITS_AT_ONCE is kept."""
     return zip(*(x.split(max(1, LOGITS_AT_ONCE // len(weight))) for x in tensors), strict=True)
 
 
@@ -333,12 +335,12 @@ class Sampler:
 
         engine, decode, groups = self.llm.llm_engine, self.llm.get_tokenizer().decode, {}
         for i, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
-            engine.add_request(str(i), TokensPrompt(prompt_token_ids=problem.prompt_ids),
-                               SamplingParams(
+            params = SamplingParams(
                 n=n, seed=seed, temperature=temperature, max_tokens=max_tokens, logprobs=0,
                 flat_logprobs=True, stop=list(stop), include_stop_str_in_output=True,
                 detokenize=bool(stop),  # vLLM decodes token by token: slow
-                output_kind=RequestOutputKind.FINAL_ONLY))
+                output_kind=RequestOutputKind.FINAL_ONLY)
+            engine.add_request(str(i), TokensPrompt(prompt_token_ids=problem.prompt_ids), params)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 i = int(output.request_id)
