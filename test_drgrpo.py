@@ -756,8 +756,9 @@ LONG = [int(i) for i in np.random.default_rng(0).integers(5, 60, 290)]  # more t
 
 
 def test_the_sampler_returns_the_ids_that_it_drew_and_their_logprobs(engine):
-    group = draw(engine, LONG)
+    group, tokenizer = draw(engine, LONG), AutoTokenizer.from_pretrained(engine[2].model)
     for rollout in group:
+        assert rollout.text == tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
         assert rollout.prompt_ids == LONG
         assert len(rollout.response_ids) == len(rollout.sampler_logprobs) <= 20
         assert rollout.finish_reason == ("length" if len(rollout.response_ids) == 20 else "stop")
@@ -773,6 +774,8 @@ def test_each_group_is_handed_over_as_soon_as_it_is_finished(engine):
     groups = sampler.generate(problems, range(40), 1, 20, 1.0, stop, seen.__setitem__)
     assert groups == [seen[i] for i in range(40)] and list(seen) != sorted(seen)
     assert [g[0].prompt_ids for g in groups] == [p.prompt_ids for p in problems]
+    stopped = [r.text for (r,) in groups if r.finish_reason == "stop" and r.response_ids[-1] != 0]
+    assert len(stopped) > 10 and all(set(text[-1]) & set(stop) for text in stopped)
 
 
 def test_eos_ends_a_response_and_belongs_to_it(engine):
