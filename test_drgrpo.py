@@ -34,6 +34,7 @@ import drgrpo
 import eval as evaluation
 import templates
 from benchmarks import plan as planning
+from benchmarks.shapes import length_mix
 from drgrpo import (PRESETS, Config, Rollout, Sampler, backward, collate, drgrpo_loss,
                     group_advantages, micro_batches, split_updates, token_logprobs)
 from eval import (REFLECTION, analysis_table, average, evaluate, interval, judge, majority,
@@ -470,6 +471,17 @@ def test_plan_on_the_command_line_trains_nothing(toy, tmp_path):
     (tmp_path / "runs" / "toy-base").symlink_to(toy.resolve())
     text = launch(1, HERE / "drgrpo.py", "toy", "--plan", folder=tmp_path)
     assert "hours" in text and not (tmp_path / "runs" / "toy").exists()
+
+
+def test_the_step_benchmark_takes_a_real_step_apart(toy):
+    printed = launch(1, HERE / "benchmarks" / "step.py", "--shape", "toy", "--longest", 40,
+                     "--prompt-tokens", 8, "--prompts", 4, "--samples", 4, "--updates", 2,
+                     "--steps", 1, "--warmup", 0, "--no-plain", "--json")
+    found = json.loads(printed.splitlines()[-1])
+    lengths = length_mix(4, 40)
+    assert found["sampled"] == 4 * sum(lengths) and found["trained"] == 4 * (sum(lengths) + 4 * 8)
+    assert found["real_tokens"] == 1 and found["gap"] < 1e-4
+    assert 0 < found["seconds_old_logprobs"] < found["seconds_update"] < found["seconds_step"]
 
 
 # ------------------------------------------------------------------------------ batches

@@ -122,22 +122,20 @@ def run_ours(options: Options, rounds: int) -> tuple[list[float], list[float], l
     return seconds, norms, tokens
 
 
-def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+def trl_arguments(options: Options, rounds: int):
+    """TRL's settings for the same work, with the first of `--rows` rows a micro-batch."""
+    from trl import GRPOConfig
 
-    n, (rows,) = options.prompts * options.samples, options.rows
-    rows = min(rows, n // options.updates)
-    path, whole, answers_itself = make_model(options.shape), {}, options.shape == "toy"
+    n = options.prompts * options.samples
+    rows, whole = min(options.rows[0], n // options.updates), {}
     if options.whole and drgrpo.CUDA:
         whole = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True,
                  "vllm_gpu_memory_utilization": 0.6, "vllm_importance_sampling_mode":
                  "token_truncate", "vllm_importance_sampling_clip_max": 2.0}
-    if options.whole and not answers_itself:
+    if options.whole and options.shape != "toy":
         whole["generation_kwargs"] = ({"ignore_eos": True} if drgrpo.CUDA
                                       else {"min_new_tokens": options.longest})
-    args = GRPOConfig(
+    return GRPOConfig(
         output_dir="runs/vs_trl", loss_type="dr_grpo", scale_rewards="none", beta=0.0,
         num_generations=options.samples, per_device_train_batch_size=rows,
         gradient_accumulation_steps=n // options.updates // rows, steps_per_generation=n // rows,
@@ -145,8 +143,16 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
         lr_scheduler_type="constant", adam_beta2=0.95, optim="adamw_torch_fused",
         gradient_checkpointing=False, bf16=drgrpo.CUDA, use_cpu=not drgrpo.CUDA,
         max_steps=rounds * options.updates, logging_steps=1, save_strategy="no", report_to=[],
-        shuffle_dataset=False,
-        disable_tqdm=True, **whole)
+        shuffle_dataset=False, disable_tqdm=True, **whole)
+
+
+def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
+    """As run_ours."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import GRPOTrainer
+
+    path = make_model(options.shape)
     seconds, tokens, grader, draw = [], [], Grader("none"), random.Random(0)
 
     class Clock(TrainerCallback):
@@ -163,7 +169,7 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
 
         def reward(prompts, completions, completion_ids, answers, **_):
             tokens.append(sum(map(len, completion_ids)))
-            if not answers_itself:
+            if options.shape != "toy":
                 completions = [response_text(gold, i % 2 == 0, draw)
                                for i, (gold,) in enumerate(answers)]
             return grader.grade(completions, answers)
@@ -185,8 +191,9 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
                     "completion_ids": [r.response_ids for r in chosen]}
 
     trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), args=args,
-        reward_funcs=reward, train_dataset=Dataset.from_list(data), rollout_func=rollout,
+        model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
+        args=trl_arguments(options, rounds), reward_funcs=reward,
+        train_dataset=Dataset.from_list(data), rollout_func=rollout,
         processing_class=AutoTokenizer.from_pretrained(path), callbacks=[clock])
     if not options.whole and options.updates == 1:  # with more, old log-probs are in it
         score = trainer._generate_and_score_completions
