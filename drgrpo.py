@@ -99,7 +99,7 @@ class Config:
     tokens_per_microbatch: int = 16384  # prompts and responses: memory, not the gradient
     activation_checkpointing: bool = True  # recompute activations: memory, not the gradient
     offload: bool = False  # keep master weights, gradients and optimizer in the CPU's memory
-    compile: bool = False  # torch.compile the layers; 3% quicker on a CPU, not measured on a GPU
+    compile: bool = False  # torch.compile the layers: a slow start; not yet measured on a GPU
     grader_workers: int = 2  # processes a rank that compare answers
     grader_timeout: float = 5.0  # seconds a comparison; then the reward is 0, and it is counted
     track: Literal["no", "tensorboard", "wandb"] = "no"  # log to a tracker too

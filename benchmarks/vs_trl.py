@@ -146,6 +146,19 @@ def trl_arguments(options: Options, rounds: int):
         shuffle_dataset=False, disable_tqdm=True, **whole)
 
 
+def leave_out_scoring(trainer, clock) -> None:
+    """Stop the clock for what TRL does with the responses before its first forward pass."""
+    score = trainer._generate_and_score_completions
+
+    def uncounted(inputs):
+        start = time.perf_counter()
+        outputs = score(inputs)
+        clock.start += time.perf_counter() - start
+        return outputs
+
+    trainer._generate_and_score_completions = uncounted
+
+
 def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
     """As run_ours."""
     from datasets import Dataset
@@ -196,15 +209,7 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
         train_dataset=Dataset.from_list(data), rollout_func=rollout,
         processing_class=AutoTokenizer.from_pretrained(path), callbacks=[clock])
     if not options.whole and options.updates == 1:  # with more, old log-probs are in it
-        score = trainer._generate_and_score_completions
-
-        def uncounted(inputs):
-            start = time.perf_counter()
-            outputs = score(inputs)
-            clock.start += time.perf_counter() - start
-            return outputs
-
-        trainer._generate_and_score_completions = uncounted
+        leave_out_scoring(trainer, clock)
     trainer.train()
     grader.close()
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
