@@ -1,19 +1,44 @@
-# make toy    train the toy model and score it before and after
-# make test   run the tests
+# make toy        train the toy model and score it before and after
+# make test       check and test the code, in minutes
+# make test-all   the slow tests, too
+# make findings   the paper's claims on the toy: runs, tables and figures (about an hour)
+# make chaos      runs that are killed and go on; make fuzz: the grader under attack (10 minutes)
 # Each first makes .venv: with vLLM's CUDA build if there is an NVIDIA GPU, else with its CPU build.
 
 PYTHON ?= python3
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 
-.PHONY: toy test
+.PHONY: toy test test-all check findings chaos fuzz
 toy: .venv/ready
 	.venv/bin/python drgrpo.py toy
 	.venv/bin/python eval.py --model runs/toy-base/model runs/toy/model \
 		--tasks runs/toy-base/test.jsonl --template none --output runs/toy/eval \
 		--max-prompt-tokens 64 --max-response-tokens 72
 
-test: .venv/ready
-	.venv/bin/python -m pytest -q test_drgrpo.py
+check: .venv/test-ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+test: check
+	.venv/bin/python -m pytest -q -m "not slow"
+
+test-all: check
+	.venv/bin/python -m pytest -q
+
+findings: .venv/ready
+	.venv/bin/python -m findings
+
+chaos: .venv/ready
+	.venv/bin/python benchmarks/chaos.py
+	.venv/bin/python benchmarks/chaos.py --kills 5 --repeated 0 --terms 5 --ranks 2
+
+fuzz: .venv/ready
+	.venv/bin/python benchmarks/fuzz.py --minutes 10
+
+.venv/test-ready: .venv/ready tests/requirements.txt
+	.venv/bin/pip install -r tests/requirements.txt
+	touch .venv/test-ready
 
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

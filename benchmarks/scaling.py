@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from eval import markdown, versions
+from support.metrics import markdown, versions
 
 STEP = Path(__file__).with_name("step.py")
 
@@ -39,9 +39,19 @@ def run(options: Options, ranks: int | None = None, **settings: int) -> dict:
     """What step.py measured, on so many ranks of one thread or, by default, on one of them all."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
-    command = [sys.executable, *(launcher if ranks else []), str(STEP), "--shape",
-               options.shape, "--equal", "--json", "--no-plain", "--steps", str(options.steps),
-               *arguments]
+    command = [
+        sys.executable,
+        *(launcher if ranks else []),
+        str(STEP),
+        "--shape",
+        options.shape,
+        "--equal",
+        "--json",
+        "--no-plain",
+        "--steps",
+        str(options.steps),
+        *arguments,
+    ]
     threads = {"OMP_NUM_THREADS": "1"} if ranks else {}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads)
     if done.returncode:
@@ -51,25 +61,56 @@ def run(options: Options, ranks: int | None = None, **settings: int) -> dict:
 
 
 def line(name: str, row: dict) -> list[str]:
-    sampled, trained = (1e6 * row[f"seconds_{phase}"] / row[tokens] for phase, tokens in (
-        ("sample", "sampled"), ("learn", "trained")))
-    return [name, f"{row['sampled']:.0f}", f"{row['seconds_sample']:.2f}", f"{sampled:.0f}",
-            f"{row['trained']:.0f}", f"{row['seconds_learn']:.2f}", f"{trained:.0f}",
-            f"{row['mfu']:.0%}", f"{row['seconds_step']:.2f}"]
+    sampled, trained = (
+        1e6 * row[f"seconds_{phase}"] / row[tokens]
+        for phase, tokens in (("sample", "sampled"), ("learn", "trained"))
+    )
+    return [
+        name,
+        f"{row['sampled']:.0f}",
+        f"{row['seconds_sample']:.2f}",
+        f"{sampled:.0f}",
+        f"{row['trained']:.0f}",
+        f"{row['seconds_learn']:.2f}",
+        f"{trained:.0f}",
+        f"{row['mfu']:.0%}",
+        f"{row['seconds_step']:.2f}",
+    ]
 
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    rows = [line(f"length {length}", run(options, longest=length, samples=2,
-                                         prompts=max(1, options.tokens // length // 2)))
-            for length in options.lengths]
-    rows += [line(f"group of {group}", run(options, longest=128, samples=group, prompts=4))
-             for group in options.groups]
-    rows += [line(f"{ranks} rank(s)",
-                  run(options, ranks, longest=256, samples=8, prompts=4))
-             for ranks in options.ranks]
-    print(markdown(["", "tokens sampled", "sample (s)", "µs a token", "tokens trained", "learn (s)",
-                    "µs a token", "MFU", "step (s)"], rows))
+    rows = [
+        line(
+            f"length {length}",
+            run(options, longest=length, samples=2, prompts=max(1, options.tokens // length // 2)),
+        )
+        for length in options.lengths
+    ]
+    rows += [
+        line(f"group of {group}", run(options, longest=128, samples=group, prompts=4))
+        for group in options.groups
+    ]
+    rows += [
+        line(f"{ranks} rank(s)", run(options, ranks, longest=256, samples=8, prompts=4))
+        for ranks in options.ranks
+    ]
+    print(
+        markdown(
+            [
+                "",
+                "tokens sampled",
+                "sample (s)",
+                "µs a token",
+                "tokens trained",
+                "learn (s)",
+                "µs a token",
+                "MFU",
+                "step (s)",
+            ],
+            rows,
+        )
+    )
     print(", ".join(f"{name} {v}" for name, v in versions().items()))
 
 

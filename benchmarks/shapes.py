@@ -14,7 +14,7 @@ from filelock import FileLock
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from templates import Problem
+from support.data import Problem
 from toy import make_toy
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; the last three: Qwen2.5
@@ -45,9 +45,17 @@ def make_model(shape: str, folder: Path = Path("runs/shapes"), seed: int = 0) ->
 def random_model(shape: str, seed: int) -> Qwen2ForCausalLM:
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
     config = Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
-        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        tie_word_embeddings=tied, max_position_embeddings=32768, eos_token_id=0, dtype="bfloat16")
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=32768,
+        eos_token_id=0,
+        dtype="bfloat16",
+    )
     torch.manual_seed(seed)
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen2ForCausalLM(config)
@@ -66,8 +74,10 @@ def length_mix(count: int, longest: int, seed: int = 0) -> list[int]:
 def make_problems(count: int, tokens: int, seed: int = 0) -> list[Problem]:
     """Random prompts of so many tokens, each with a fraction as its answer."""
     draw = random.Random(seed)
-    return [Problem("", [draw.randrange(2, 250) for _ in range(tokens)], [fraction(draw)])
-            for _ in range(count)]
+    return [
+        Problem("", [draw.randrange(2, 250) for _ in range(tokens)], [fraction(draw)])
+        for _ in range(count)
+    ]
 
 
 def fraction(draw: random.Random) -> str:

@@ -7,7 +7,7 @@ The model has random weights, so the lengths of the responses are fixed beforeha
 `shapes.length_mix`, alike in a group; everything else is the trainer's own code. Each response gets
 a boxed fraction to be graded, every second one of a group right. The first steps warm up and do
 not count; the table has the median of the others. `--save` adds the figures to
-benchmarks/measured.jsonl, from which `drgrpo.py --plan` takes the hours of a run.
+benchmarks/measured.jsonl, from which plan.py takes the hours of a run.
 
 The learner's model FLOPs: 6 * (tokens * weights of the layers + response tokens * weights of the
 head + layers * heads * head_dim * sum of length^2), the last for causal attention; what activation
@@ -33,11 +33,13 @@ import psutil
 import torch
 import torch.distributed as dist
 import tyro
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import drgrpo
 from benchmarks.shapes import SHAPES, length_mix, make_model, make_problems, response_text
-from eval import markdown, versions
+from support.metrics import markdown, versions
+from support.ranks import all_reduce
 
 MEASURED = Path(__file__).with_name("measured.jsonl")
 PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16, data sheets
@@ -68,7 +70,9 @@ class Options:
 class FixedLengths(drgrpo.Sampler):
     """A sampler whose responses to each problem have the length that the mix says."""
 
-    given_back = None  # share of the GPU memory that the engine held which sleep gives back
+    given_back: float | None = (
+        None  # share of the GPU memory that the engine held which sleep gives back
+    )
     equal = False  # whether all responses have the longest length, in place of the mix
 
     def lengths(self, count: int, longest: int) -> list[int]:
@@ -90,12 +94,24 @@ class FixedLengths(drgrpo.Sampler):
         """The same responses from vLLM as it comes, without log-probs."""
         from vllm import SamplingParams, TokensPrompt
 
-        params = [SamplingParams(n=n, temperature=temperature, max_tokens=length, ignore_eos=True)
-                  for length in self.lengths(len(problems), max_tokens)]
-        self.llm.generate([TokensPrompt(prompt_token_ids=p.prompt_ids) for p in problems], params,
-                          use_tqdm=False)
+        params = [
+            SamplingParams(n=n, temperature=temperature, max_tokens=length, ignore_eos=True)
+            for length in self.lengths(len(problems), max_tokens)
+        ]
+        self.llm.generate(
+            [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in problems], params, use_tqdm=False
+        )
 
-    def generate(self, problems, seeds, n, max_tokens, temperature, stop, finished):
+    def generate(
+        self,
+        problems,
+        seeds,
+        n,
+        max_tokens,
+        temperature,
+        stop,
+        finished=lambda place, group: None,
+    ):
         engine, lengths = self.llm.llm_engine, self.lengths(len(problems), max_tokens)
         add_request = engine.add_request
 
@@ -103,12 +119,12 @@ class FixedLengths(drgrpo.Sampler):
             params.max_tokens, params.ignore_eos = lengths[int(key)], True
             return add_request(key, prompt, params)
 
-        def answer(i, group):
-            draw = random.Random(seeds[i])
-            for j, r in enumerate(group):
-                r.text = response_text(problems[i].answers[0], j % 2 == 0, draw)
-                r.finish_reason = "stop"
-            finished(i, group)
+        def answer(place, group):
+            draw = random.Random(seeds[place])
+            for j, rollout in enumerate(group):
+                rollout.text = response_text(problems[place].answers[0], j % 2 == 0, draw)
+                rollout.finish_reason = "stop"
+            finished(place, group)
 
         engine.add_request = add_fixed
         groups = super().generate(problems, seeds, n, max_tokens, temperature, stop, answer)
@@ -178,12 +194,12 @@ def peak_flops() -> tuple[str, float]:
 class Passes:
     """Counts the tokens that the model is asked for, and those that go through its layers."""
 
-    def __init__(self, model):
+    def __init__(self, policy):
         self.real = self.processed = 0
-        model.register_forward_pre_hook(self.asked)
-        model.get_decoder().register_forward_pre_hook(self.computed, with_kwargs=True)
+        policy.register_forward_pre_hook(self.asked)
+        policy.model.get_decoder().register_forward_pre_hook(self.computed, with_kwargs=True)
 
-    def asked(self, model, inputs):
+    def asked(self, policy, inputs):
         mask = inputs[1].bool()  # (B, T-1): up to the last response token, the padding left out
         self.real += sum(int(row.nonzero()[-1]) + 2 if row.any() else 1 for row in mask)
 
@@ -194,12 +210,21 @@ class Passes:
 def make_config(options: Options) -> drgrpo.Config:
     n = options.prompts * options.samples
     return drgrpo.Config(
-        name="step", model=make_model(options.shape), dataset="", template="none",
-        prompts_per_step=options.prompts, samples_per_prompt=options.samples,
-        responses_per_update=n // options.updates, max_prompt_tokens=options.prompt_tokens,
-        max_response_tokens=options.longest, max_gap=10.0,  # random weights in bf16: not the point
-        tokens_per_microbatch=options.tokens_per_microbatch, offload=options.offload,
-        activation_checkpointing=options.activation_checkpointing, compile=options.compile)
+        name="step",
+        model=make_model(options.shape),
+        dataset="",
+        template="none",
+        prompts_per_step=options.prompts,
+        samples_per_prompt=options.samples,
+        responses_per_update=n // options.updates,
+        max_prompt_tokens=options.prompt_tokens,
+        max_response_tokens=options.longest,
+        max_gap=10.0,  # random weights in bf16: not the point
+        tokens_per_microbatch=options.tokens_per_microbatch,
+        offload=options.offload,
+        activation_checkpointing=options.activation_checkpointing,
+        compile=options.compile,
+    )
 
 
 def figures(metrics: dict, rollouts: list) -> dict[str, float]:
@@ -209,77 +234,108 @@ def figures(metrics: dict, rollouts: list) -> dict[str, float]:
     learn, trained = seconds["seconds_update"] - old, [r for r in rollouts if r.advantage != 0]
     sampled, tokens = sum(len(r.response_ids) for r in rollouts), sum(map(len, trained))
     return seconds | {
-        "seconds_step": sum(seconds.values()) - old, "sampled": sampled, "trained": tokens,
+        "seconds_step": sum(seconds.values()) - old,
+        "sampled": sampled,
+        "trained": tokens,
         "sample_tokens_per_s": sampled / seconds["seconds_sample"],
-        "update_tokens_per_s": tokens / learn, "seconds_learn": learn,
-        "gap": metrics["gap"]}
+        "update_tokens_per_s": tokens / learn,
+        "seconds_learn": learn,
+        "gap": metrics["gap"],
+    }
 
 
 def measure(options: Options) -> tuple[dict, dict[str, float]]:
     """What was measured, medians over the steps; and GiB by phase."""
     config, (device, peak) = make_config(options), peak_flops()
-    drgrpo.Sampler, drgrpo.timed = FixedLengths, Watch()
+    watch = Watch()
+    drgrpo.Sampler, drgrpo.timed = FixedLengths, watch  # type: ignore[misc]
     FixedLengths.equal = options.equal
-    model, optimizer, sampler, grader = drgrpo.start(config)
-    ranks, passes = dist.get_world_size(), Passes(model)
+    policy, optimizer, sampler, grader = drgrpo.start(config)
+    assert isinstance(sampler, FixedLengths)
+    ranks, passes = dist.get_world_size(), Passes(policy)
     problems, rows = make_problems(options.prompts, options.prompt_tokens), []
-    for step in range(options.warmup + options.steps):
-        metrics, rollouts = drgrpo.train_step(config, step, problems, model, optimizer, sampler,
-                                              grader)
+    steps = range(options.warmup + options.steps)
+    for step in tqdm(steps, desc=options.shape, disable=dist.get_rank() > 0):
+        metrics, rollouts = drgrpo.train_step(
+            config, step, problems, policy, optimizer, sampler, grader
+        )
         rows.append(figures(metrics, rollouts))
-    result = {key: statistics.median(row[key] for row in rows[options.warmup:]) for key in rows[0]}
-    flops = model_flops(model, [r for r in rollouts if r.advantage != 0])
-    tokens = drgrpo.all_reduce({"real": passes.real, "processed": passes.processed})
-    result |= {"device": device, "parameters": sum(p.numel() for p in model.parameters()),
-               "ranks": ranks, "given_back": sampler.given_back,
-               "real_tokens": tokens["real"] / tokens["processed"],
-               "mfu": flops / result["seconds_learn"] / peak / ranks,
-               "against_plain": against_plain_vllm(sampler, problems[::ranks], config)
-               if options.plain else None}
+    counted = rows[options.warmup :]
+    result: dict = {key: statistics.median(row[key] for row in counted) for key in rows[0]}
+    flops = model_flops(policy.model, [r for r in rollouts if r.advantage != 0])
+    tokens = all_reduce({"real": passes.real, "processed": passes.processed})
+    result |= {
+        "device": device,
+        "parameters": sum(p.numel() for p in policy.parameters()),
+        "ranks": ranks,
+        "given_back": sampler.given_back,
+        "real_tokens": tokens["real"] / tokens["processed"],
+        "mfu": flops / result["seconds_learn"] / peak / ranks,
+        "against_plain": None,
+    }
+    if options.plain:
+        result["against_plain"] = against_plain_vllm(sampler, problems[::ranks], config)
     result["is_rank_0"] = dist.get_rank() == 0
     grader.close()
     sampler.close()
-    return vars(options) | result, drgrpo.timed.peaks
+    return vars(options) | result, watch.peaks
 
 
 def against_plain_vllm(sampler: FixedLengths, problems: list, config: drgrpo.Config) -> float:
     """Tokens/s of our sampler over those of plain vLLM: best of three each, in turns. Ours has to
     return log-probs and takes a seed a request; plain vLLM decodes token by token."""
-    args, times = (config.samples_per_prompt, config.max_response_tokens, 1.0), ([], [])
+    args = config.samples_per_prompt, config.max_response_tokens, 1.0
+    ours, plain = [], []
     for turn in range(6):
         sampler.llm.reset_prefix_cache()
         start = time.perf_counter()
         if turn % 2:
             sampler.plain(problems, *args)
+            plain.append(time.perf_counter() - start)
         else:
-            sampler.generate(problems, range(len(problems)), *args, (), lambda i, group: None)
-        times[turn % 2].append(time.perf_counter() - start)
-    return min(times[1]) / min(times[0])
+            sampler.generate(problems, list(range(len(problems))), *args, ())
+            ours.append(time.perf_counter() - start)
+    return min(plain) / min(ours)
 
 
 def report(result: dict, peaks: dict[str, float]) -> str:
-    whole, tokens = result["seconds_step"], {
-        "sample": result["sampled"], "update": result["trained"],
-        "old_logprobs": result["trained"] * (1 - 1 / result["updates"])}  # not for the first
+    whole = result["seconds_step"]
+    tokens = {
+        "sample": result["sampled"],
+        "update": result["trained"],
+        "old_logprobs": result["trained"] * (1 - 1 / result["updates"]),  # not for the first
+    }
     rows = []
     for phase in ("sample", "sleep", "score", "update", "old_logprobs", "sync"):
         seconds = result[f"seconds_{phase}"]
         if phase != "old_logprobs" or result["updates"] > 1:
             rate = f"{tokens[phase] / seconds:.0f}" if phase in tokens else ""
-            name = {"old_logprobs": "- of it old log-probs", "score": "waiting for the grader",
-                    "sync": "wake and sync"}.get(phase, phase)
-            rows.append([name, f"{seconds:.3f}", f"{seconds / whole:.1%}", rate,
-                         f"{peaks[phase]:.2f}"])
+            name = {
+                "old_logprobs": "- of it old log-probs",
+                "score": "waiting for the grader",
+                "sync": "wake and sync",
+            }.get(phase, phase)
+            rows.append(
+                [name, f"{seconds:.3f}", f"{seconds / whole:.1%}", rate, f"{peaks[phase]:.2f}"]
+            )
     rows.append(["whole step", f"{whole:.3f}", "", f"{result['sampled'] / whole:.0f}", ""])
-    return (markdown(["phase", "seconds", "share", "tokens/s", "peak memory (GiB)"], rows)
-            + f"\n\nReal tokens among processed: {result['real_tokens']:.1%}. Learner: "
-            f"{result['update_tokens_per_s']:.0f} tokens/s, MFU {result['mfu']:.1%}. "
-            + (f"Sampling: {result['against_plain']:.1%} of plain vLLM's tokens/s. "
-               if result["against_plain"] is not None else "")
-            + (f"Memory given back asleep: {result['given_back']:.1%}. "
-               if result["given_back"] is not None else "")
-            + f"Gap {result['gap']:.2g}. {result['device']}, {result['ranks']} rank(s); "
-            + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    return (
+        markdown(["phase", "seconds", "share", "tokens/s", "peak memory (GiB)"], rows)
+        + f"\n\nReal tokens among processed: {result['real_tokens']:.1%}. Learner: "
+        f"{result['update_tokens_per_s']:.0f} tokens/s, MFU {result['mfu']:.1%}. "
+        + (
+            f"Sampling: {result['against_plain']:.1%} of plain vLLM's tokens/s. "
+            if result["against_plain"] is not None
+            else ""
+        )
+        + (
+            f"Memory given back asleep: {result['given_back']:.1%}. "
+            if result["given_back"] is not None
+            else ""
+        )
+        + f"Gap {result['gap']:.2g}. {result['device']}, {result['ranks']} rank(s); "
+        + ", ".join(f"{k} {v}" for k, v in versions().items())
+    )
 
 
 def main() -> None:
@@ -290,8 +346,11 @@ def main() -> None:
     if result.pop("is_rank_0"):
         print(json.dumps(result) if options.json else report(result, peaks))
         if options.save:
-            source = {"command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
-                      "date": time.strftime("%Y-%m-%d"), "versions": versions()}
+            source = {
+                "command": shlex.join(["python", "benchmarks/step.py", *sys.argv[1:]]),
+                "date": time.strftime("%Y-%m-%d"),
+                "versions": versions(),
+            }
             with MEASURED.open("a") as out:
                 out.write(json.dumps(result | source) + "\n")
 

@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,8 +39,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import drgrpo
 from benchmarks.shapes import length_mix, make_model, response_text
 from benchmarks.step import FixedLengths
-from eval import markdown, versions
-from templates import TEMPLATES, Grader, load_problems, load_tokenizer
+from support.data import load_problems, load_tokenizer
+from support.grader import Grader
+from support.metrics import markdown, versions
+from support.ranks import start_ranks
+from templates import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,11 @@ def fixed_rollouts(options: Options) -> list[drgrpo.Rollout]:
     for i, length in enumerate(length_mix(count, options.longest)):
         response = draw.integers(2, 250, length).tolist()
         problem = i // options.samples
-        rollouts.append(drgrpo.Rollout(problem, prompts[problem], response, [0.0] * length,
-                                       reward=float(draw.integers(2))))
+        rollouts.append(
+            drgrpo.Rollout(
+                problem, prompts[problem], response, [0.0] * length, reward=float(draw.integers(2))
+            )
+        )
     rewards = torch.tensor([r.reward for r in rollouts]).view(options.prompts, -1)
     for rollout, advantage in zip(rollouts, drgrpo.group_advantages(rewards).flatten().tolist()):
         rollout.advantage = advantage
@@ -79,11 +86,20 @@ def fixed_rollouts(options: Options) -> list[drgrpo.Rollout]:
 def our_config(options: Options) -> drgrpo.Config:
     n = options.prompts * options.samples
     return drgrpo.Config(
-        name="vs_trl", model=make_model(options.shape), dataset="", template="none",
-        prompts_per_step=options.prompts, samples_per_prompt=options.samples, lr=1e-12,
-        responses_per_update=n // options.updates, max_prompt_tokens=options.prompt_tokens,
-        max_response_tokens=options.longest, max_gap=100.0, tis_cap=2.0 if options.whole else None,
-        activation_checkpointing=False)
+        name="vs_trl",
+        model=make_model(options.shape),
+        dataset="",
+        template="none",
+        prompts_per_step=options.prompts,
+        samples_per_prompt=options.samples,
+        lr=1e-12,
+        responses_per_update=n // options.updates,
+        max_prompt_tokens=options.prompt_tokens,
+        max_response_tokens=options.longest,
+        max_gap=100.0,
+        tis_cap=2.0 if options.whole else None,
+        activation_checkpointing=False,
+    )
 
 
 def toy_problems(model: str):
@@ -97,28 +113,29 @@ def run_ours(options: Options, rounds: int) -> tuple[list[float], list[float], l
     seconds, norms, tokens = [], [], []
     if options.whole:
         if options.shape != "toy":
-            drgrpo.Sampler, FixedLengths.equal = FixedLengths, True
-        parts, problems = drgrpo.start(config), toy_problems(config.model)
+            drgrpo.Sampler, FixedLengths.equal = FixedLengths, True  # type: ignore[misc]
+        policy, optimizer, sampler, grader = drgrpo.start(config)
+        problems = toy_problems(config.model)
     else:
-        drgrpo.start_ranks()
-        model = drgrpo.make_policy(config)
-        optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), fused=True)
+        start_ranks()
+        policy = drgrpo.make_policy(config)
+        optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), fused=True)
     for step in range(rounds):
+        rollouts = fixed_rollouts(options)
         start = time.perf_counter()
         if options.whole:
-            metrics, rollouts = drgrpo.train_step(config, step, problems, *parts)
+            metrics, rollouts = drgrpo.train_step(
+                config, step, problems, policy, optimizer, sampler, grader
+            )
         else:
-            rollouts = fixed_rollouts(options)
-            start = time.perf_counter()
-            batches = [[drgrpo.collate(rows) for rows in rank]
-                       for (rank,) in drgrpo.split_updates(rollouts, config, step, 1)]
-            metrics = drgrpo.update(model, optimizer, batches, config)
+            updates = drgrpo.split_updates(rollouts, config, step, rank=0, world=1)
+            metrics = dict(drgrpo.update(policy, optimizer, updates, config))
         seconds.append(time.perf_counter() - start)
-        norms.append(metrics["grad_norm"])
+        norms.append(float(metrics["grad_norm"] or 0.0))
         tokens.append(sum(len(r.response_ids) for r in rollouts))
     if options.whole:
-        parts[3].close()
-        parts[2].close()
+        grader.close()
+        sampler.close()
     return seconds, norms, tokens
 
 
@@ -129,21 +146,45 @@ def trl_arguments(options: Options, rounds: int):
     n = options.prompts * options.samples
     rows, whole = min(options.rows[0], n // options.updates), {}
     if options.whole and drgrpo.CUDA:
-        whole = {"use_vllm": True, "vllm_mode": "colocate", "vllm_enable_sleep_mode": True,
-                 "vllm_gpu_memory_utilization": 0.6, "vllm_importance_sampling_mode":
-                 "token_truncate", "vllm_importance_sampling_clip_max": 2.0}
+        whole = {
+            "use_vllm": True,
+            "vllm_mode": "colocate",
+            "vllm_enable_sleep_mode": True,
+            "vllm_gpu_memory_utilization": 0.6,
+            "vllm_importance_sampling_mode": "token_truncate",
+            "vllm_importance_sampling_clip_max": 2.0,
+        }
     if options.whole and options.shape != "toy":
-        whole["generation_kwargs"] = ({"ignore_eos": True} if drgrpo.CUDA
-                                      else {"min_new_tokens": options.longest})
+        whole["generation_kwargs"] = (
+            {"ignore_eos": True} if drgrpo.CUDA else {"min_new_tokens": options.longest}
+        )
     return GRPOConfig(
-        output_dir="runs/vs_trl", loss_type="dr_grpo", scale_rewards="none", beta=0.0,
-        num_generations=options.samples, per_device_train_batch_size=rows,
-        gradient_accumulation_steps=n // options.updates // rows, steps_per_generation=n // rows,
-        max_completion_length=options.longest, temperature=1.0, epsilon=0.2, learning_rate=1e-12,
-        lr_scheduler_type="constant", adam_beta2=0.95, optim="adamw_torch_fused",
-        gradient_checkpointing=False, bf16=drgrpo.CUDA, use_cpu=not drgrpo.CUDA,
-        max_steps=rounds * options.updates, logging_steps=1, save_strategy="no", report_to=[],
-        shuffle_dataset=False, disable_tqdm=True, **whole)
+        output_dir="runs/vs_trl",
+        loss_type="dr_grpo",
+        scale_rewards="none",
+        beta=0.0,
+        num_generations=options.samples,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=n // options.updates // rows,
+        steps_per_generation=n // rows,
+        max_completion_length=options.longest,
+        temperature=1.0,
+        epsilon=0.2,
+        learning_rate=1e-12,
+        lr_scheduler_type="constant",
+        adam_beta2=0.95,
+        optim="adamw_torch_fused",
+        gradient_checkpointing=False,
+        bf16=drgrpo.CUDA,
+        use_cpu=not drgrpo.CUDA,
+        max_steps=rounds * options.updates,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        shuffle_dataset=False,
+        disable_tqdm=True,
+        **whole,
+    )
 
 
 def leave_out_scoring(trainer, clock) -> None:
@@ -165,6 +206,8 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOTrainer
 
+    reward: Callable
+    rollout: Callable | None
     path = make_model(options.shape)
     seconds, tokens, grader, draw = [], [], Grader("none"), random.Random(0)
 
@@ -180,58 +223,73 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
         problems = toy_problems(path)[: options.prompts * rounds]
         data = [{"prompt": p.prompt, "answers": p.answers} for p in problems]
 
-        def reward(prompts, completions, completion_ids, answers, **_):
+        def whole_reward(completions, completion_ids, answers, **_):
             tokens.append(sum(map(len, completion_ids)))
             if options.shape != "toy":
-                completions = [response_text(gold, i % 2 == 0, draw)
-                               for i, (gold,) in enumerate(answers)]
+                completions = [
+                    response_text(gold, i % 2 == 0, draw) for i, (gold,) in enumerate(answers)
+                ]
             return grader.grade(completions, answers)
 
-        rollout = None
+        reward, rollout = whole_reward, None
     else:
         fixed = fixed_rollouts(options)
         data = [{"prompt": str(i)} for i in range(options.prompts)] * rounds
         rewards = {tuple(r.response_ids): r.reward for r in fixed}
 
-        def reward(prompts, completions, completion_ids, **_):
+        def fixed_reward(completion_ids, **_):
             tokens.append(sum(map(len, completion_ids)))
             return [rewards[tuple(ids)] for ids in completion_ids]
 
-        def rollout(prompts, trainer):
+        def fixed_rollout(prompts, trainer):
             left = {str(i): [r for r in fixed if r.problem == i] for i in range(options.prompts)}
             chosen = [left[prompt].pop() for prompt in prompts]
-            return {"prompt_ids": [r.prompt_ids for r in chosen], "logprobs": None,
-                    "completion_ids": [r.response_ids for r in chosen]}
+            return {
+                "prompt_ids": [r.prompt_ids for r in chosen],
+                "logprobs": None,
+                "completion_ids": [r.response_ids for r in chosen],
+            }
+
+        reward, rollout = fixed_reward, fixed_rollout
 
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
-        args=trl_arguments(options, rounds), reward_funcs=reward,
-        train_dataset=Dataset.from_list(data), rollout_func=rollout,
-        processing_class=AutoTokenizer.from_pretrained(path), callbacks=[clock])
+        args=trl_arguments(options, rounds),
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list(data),
+        rollout_func=rollout,
+        processing_class=AutoTokenizer.from_pretrained(path),
+        callbacks=[clock],
+    )
     if not options.whole and options.updates == 1:  # with more, old log-probs are in it
         leave_out_scoring(trainer, clock)
     trainer.train()
     grader.close()
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
-    by_round = [sum(seconds[i : i + options.updates])
-                for i in range(0, len(seconds), options.updates)]
+    by_round = [
+        sum(seconds[i : i + options.updates]) for i in range(0, len(seconds), options.updates)
+    ]
     return by_round, norms, tokens
 
 
 def compare(options: Options) -> str:
     """Runs the sides in turns, each in a process of its own; returns a table."""
     sides = [("ours", options.rows[:1])] + [("trl", (rows,)) for rows in options.rows]
-    found = {side: ([], [], []) for side in sides}
+    found: dict = {side: ([], [], []) for side in sides}
     for _ in range(options.turns):
         for side, rows in sides:
-            own = [arg for arg in sys.argv[1:]] + ["--side", side, "--rows", *map(str, rows)]
-            done = subprocess.run([sys.executable, __file__, *own], capture_output=True, text=True,
-                                  env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"})
+            own = [*sys.argv[1:], "--side", side, "--rows", *map(str, rows)]
+            done = subprocess.run(
+                [sys.executable, __file__, *own],
+                capture_output=True,
+                text=True,
+                env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
+            )
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
             seconds, norms, tokens = json.loads(done.stdout.splitlines()[-1])
             for all_turns, new in zip(found[side, rows], (seconds, norms[:1], tokens)):
-                all_turns += new[0 if len(new) == 1 else options.warmup:]
+                all_turns += new[0 if len(new) == 1 else options.warmup :]
     norms = [norms[0] for _, norms, _ in found.values()]
     if not options.whole and options.updates == 1 and max(norms) > 1.01 * min(norms):
         sys.exit(f"the sides did not do the same work: first gradient norms {norms}")
@@ -239,16 +297,24 @@ def compare(options: Options) -> str:
     ours, best = medians[sides[0]], min(medians[side] for side in sides[1:])
     table = markdown(
         ["", "seconds a round (min, max)", "response tokens/s", "first gradient norm", "ours / it"],
-        [["drgrpo.py" if side == "ours" else f"TRL, {rows[0]} rows a micro-batch",
-          f"{medians[side, rows]:.3f} ({min(seconds):.3f}, {max(seconds):.3f})",
-          f"{statistics.mean(tokens) / medians[side, rows]:.0f}", f"{norms[0]:.4g}",
-          f"{ours / medians[side, rows]:.2f}"]
-         for (side, rows), (seconds, norms, tokens) in found.items()])
+        [
+            [
+                "drgrpo.py" if side == "ours" else f"TRL, {rows[0]} rows a micro-batch",
+                f"{medians[side, rows]:.3f} ({min(seconds):.3f}, {max(seconds):.3f})",
+                f"{statistics.mean(tokens) / medians[side, rows]:.0f}",
+                f"{norms[0]:.4g}",
+                f"{ours / medians[side, rows]:.2f}",
+            ]
+            for (side, rows), (seconds, norms, tokens) in found.items()
+        ],
+    )
     found_versions = versions() | {"trl": version("trl")}
-    device = (torch.cuda.get_device_name() if drgrpo.CUDA
-              else f"{torch.get_num_threads()} CPU threads")
-    return (f"{table}\n\nOurs takes {ours / best:.2f} of TRL's best. {device}; "
-            + ", ".join(f"{name} {v}" for name, v in found_versions.items()))
+    device = (
+        torch.cuda.get_device_name() if drgrpo.CUDA else f"{torch.get_num_threads()} CPU threads"
+    )
+    return f"{table}\n\nOurs takes {ours / best:.2f} of TRL's best. {device}; " + ", ".join(
+        f"{name} {v}" for name, v in found_versions.items()
+    )
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""What any trainer of this kind needs and none is about. drgrpo.py is the file to read."""

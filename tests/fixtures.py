@@ -1,0 +1,192 @@
+"""What several tests share and is made once: a toy model, a process group, an engine, workers."""
+
+import importlib
+import os
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import drgrpo
+from support.data import Problem
+from support.grader import Grader
+from support.ranks import start_ranks
+from tests.helpers import ROOT, TOY, FakeSampler, tiny_model
+from toy import make_toy
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """The toy base model's folder, as the preset finds it."""
+    os.chdir(ROOT)
+    make_toy(ROOT / drgrpo.TOY)
+    return ROOT / drgrpo.TOY
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """A process group of one, in which vLLM can start."""
+    return start_ranks()
+
+
+@pytest.fixture(scope="session")
+def engine(ranks, toy, tmp_path_factory):
+    """An engine on a random model with tied embeddings, that model as a policy, and a config."""
+    folder = tmp_path_factory.mktemp("engine") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # the first thing a CUDA machine would do differently is to give the policy the GPU
+    config = replace(TOY, model=str(folder), max_prompt_tokens=300, max_response_tokens=20)
+    policy = drgrpo.make_policy(config)
+    sampler = drgrpo.Sampler(config.model, 320)
+    yield sampler, policy, config
+    sampler.close()
+
+
+@pytest.fixture
+def fake_run(ranks, toy, tmp_path, monkeypatch):
+    """`train` in tmp_path, with a tiny policy and random responses in place of an engine's.
+
+    fake_run(change, held_out, **settings) lets `change` see the sampler before it begins, and
+    returns the sampler.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    problems = [Problem(f"p{i}", [5, 6, i], [str(i % 3)], f"p{i}", {"i": i}) for i in range(6)]
+    usual = dict(
+        name="run",
+        model="base",
+        steps=2,
+        prompts_per_step=4,
+        samples_per_prompt=4,
+        responses_per_update=8,
+        max_response_tokens=12,
+        eval_every=100,
+        grader_workers=1,
+    )
+
+    def run(change=lambda sampler: None, held_out=(), **settings):
+        config = replace(TOY, **usual | settings)
+        policy = drgrpo.make_policy(config)
+        optimizer = torch.optim.AdamW(policy.parameters(), config.lr)
+        sampler = FakeSampler(policy)
+        grader = Grader(config.template, 1, config.grader_timeout, config.reward)
+        monkeypatch.setattr(drgrpo, "start", lambda config: (policy, optimizer, sampler, grader))
+        change(sampler)
+        try:
+            drgrpo.train(config, tokenizer, problems, list(held_out), {"too_long": 0})
+        finally:
+            grader.close()
+        return sampler
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def grader():
+    """Boxed answers, graded by two workers."""
+    with Grader("qwen_math") as grader:
+        yield grader
+
+
+# Comparisons that misbehave, in a module of their own: workers import it, and it must be light.
+HOSTILE = """
+import collections, itertools, mmap, os, signal, time
+from support.grader import answers_match
+
+
+def worker_id(answer: str, golds: tuple) -> bool:
+    return str(os.getpid()) != answer
+
+
+def hostile(answer: str, golds: tuple) -> bool:
+    '''A comparison that does what a dangerous answer might make the real one do.'''
+    if answer == "hang":
+        collections.deque(itertools.count(), maxlen=0)  # in C: no signal handler ever runs
+    if answer == "exit":
+        os._exit(3)
+    if answer == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if answer == "fill":
+        blocks = []
+        while len(blocks) < 64:  # 16 GiB, without touching them
+            blocks.append(mmap.mmap(-1, 2**28))
+        return True
+    if answer == "leave":
+        raise SystemExit(1)
+    if answer.startswith("bug"):
+        raise KeyError(answer)
+    return answers_match(answer, golds)
+
+
+def note_call(file: str, answer: str, golds: tuple) -> bool:
+    with open(file, "a") as out:
+        out.write(f"{answer}\\n")
+    return answer in golds
+
+
+def slow(answer: str, golds: tuple) -> bool:
+    time.sleep(0.2)
+    return True
+"""
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory):
+    """A module of comparisons that misbehave."""
+    folder = tmp_path_factory.mktemp("hostile")
+    (folder / "hostile_comparisons.py").write_text(HOSTILE)
+    sys.path.append(str(folder))
+    return importlib.import_module("hostile_comparisons")
+
+
+# Reward functions of somebody's own. They import a file that stands beside theirs.
+REWARDS = """
+import json, math, os, time
+from fractions import Fraction
+from beside import QUARTER
+
+
+def note(response, row):
+    with open(row["log"], "a") as out:
+        out.write(json.dumps([os.getpid(), response, row]) + "\\n")
+    return QUARTER
+
+
+def short(response, row):
+    # between -1 and 1, and 1 for saying nothing
+    return 1 - min(len(response), 100) / 50
+
+
+def obey(response, row):
+    # does or returns what the response says; 1 if that is nothing special
+    if response == "hang":
+        time.sleep(1000)
+    if response == "exit":
+        os._exit(3)
+    if response == "raise":
+        raise KeyError("oops")
+    odd = {"nan": math.nan, "infinity": math.inf, "text": "1", "nothing": None, "complex": 1j}
+    odd |= {"list": [1.0], "half": Fraction(1, 2), "true": True, "negative": -3}
+    return odd.get(response, 1.0)
+
+
+def on_the_first_row(response, row):
+    return obey(row["problem"], row)
+
+
+number = 5
+"""
+
+
+@pytest.fixture(scope="session")
+def rewards(tmp_path_factory):
+    """A file of reward functions, for --reward FILE.py:FUNCTION."""
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "beside.py").write_text("QUARTER = 0.25\n")
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder / "rewards.py"
