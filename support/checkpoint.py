@@ -108,7 +108,6 @@ def weights_fingerprint(model: str) -> str:
 
 # ------------------------------------------------------------------------- state to resume from
 
-STATES_KEPT = 2  # the newest, and the one before it
 FACTS = "facts.json"  # of a state: what else a resume needs
 MANIFEST = "manifest.json"  # of a state: size and sha256 of each of its files
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -131,6 +130,7 @@ class StateKeeper:
         self.thread = ThreadPoolExecutor(1)
         self.saving: Future | None = None
         self.failed = 0  # saves in a row
+        self.whole: list[int] = []  # steps of states that were loaded or saved, the newest last
 
     def save(self, step: int, facts: dict) -> None:
         """Begin to save the state before round `step`."""
@@ -159,6 +159,7 @@ class StateKeeper:
 
     def load(self, step: int) -> None:
         """Put the state before round `step` into policy and optimizer."""
+        self.whole = [step]
         state = self.state()
         dcp.load(state, checkpoint_id=self.folder / str(step))
         set_state_dict(
@@ -180,18 +181,27 @@ class StateKeeper:
         return {"policy": policy, "optimizer": optimizer}
 
     def write(self, step: int, copies: dict, facts: dict) -> None:
-        """Runs in the thread: the state, then its manifest; then the oldest state is removed."""
+        """Runs in the thread: the state, then its manifest. Then all is removed but this state and
+        the whole one before it: older states, damaged ones, and what killed saves have left."""
         target = self.folder / str(step)
         if dist.get_rank() == 0:
             remove_state(target)
             target.mkdir(parents=True)
             write_json(target / FACTS, facts)
         dist.barrier(self.group)  # the folder is there
-        dcp.save(copies, checkpoint_id=target, process_group=self.group)
+        try:
+            dcp.save(copies, checkpoint_id=target, process_group=self.group)
+        except (OSError, RuntimeError, CheckpointException):
+            if dist.get_rank() == 0:  # half a state would only fill the disk
+                remove_state(target)
+            raise
         if dist.get_rank() == 0:  # save returns when all ranks have written
             write_json(target / MANIFEST, describe_files(target))
-            for old in saved_steps(self.folder)[STATES_KEPT:]:
-                remove_state(self.folder / str(old))
+            before = [other for other in self.whole if other != step]
+            self.whole = [*before[-1:], step]
+            for folder in self.folder.iterdir():
+                if folder.name.isdigit() and int(folder.name) not in self.whole:
+                    remove_state(folder)
 
 
 def copy_to_cpu(value: Any) -> Any:

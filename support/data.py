@@ -158,9 +158,12 @@ def golds_of(
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """Token ids of a prompt, with one BOS, also where the template writes it itself."""
+    """Token ids of a prompt, with one BOS, also where the template writes it itself, and without
+    the EOS that some tokenizers put after any text: the response is yet to come."""
     has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
-    return tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    ends = bool(tokenizer.eos_token) and prompt.endswith(tokenizer.eos_token)
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not ends else ids
 
 
 def load_data(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:

@@ -22,8 +22,9 @@ def refuse_gap(gap: float, max_gap: float) -> None:
 
 def eos_ids(llm) -> set[int]:
     """The ids after which this engine of vLLM ends a response."""
-    ids = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id") or []
-    return {llm.get_tokenizer().eos_token_id, *(ids if isinstance(ids, list) else [ids])}
+    ids = llm.llm_engine.model_config.try_get_generation_config().get("eos_token_id")
+    found = set(ids) if isinstance(ids, list) else {ids}
+    return (found | {llm.get_tokenizer().eos_token_id}) - {None}
 
 
 def check_endings(rollouts: list, eos_ids: set[int], stop: tuple[str, ...]) -> None:
@@ -58,6 +59,7 @@ def all_sent(
 
 def probe(policy: torch.nn.Module) -> torch.Tensor:
     """Some weights of this rank's shards, a copy."""
+    policy.reshard()  # after a forward pass without a backward one, some weights are whole
     shards = [parameter.to_local().flatten()[::PROBE_EVERY] for parameter in policy.parameters()]
     return torch.cat(shards).clone()
 

@@ -167,9 +167,10 @@ class RunLog:
         write_json(self.folder / "config.json", self.run)
         went_on = f" goes on from step {first}" if first else ""
         print(f"{self.folder}{went_on}: rows of {config.dataset} that were dropped: {dropped}")
-        self.start_tracker(config, first)
+        self.start_tracker(config, first if old else None)
 
-    def start_tracker(self, config, first: int) -> None:
+    def start_tracker(self, config, purge_step: int | None) -> None:
+        """Points from `purge_step` on are made again: the old ones are not shown."""
         if config.track == "wandb":
             import wandb
 
@@ -184,8 +185,7 @@ class RunLog:
         if config.track != "no":
             from torch.utils.tensorboard import SummaryWriter
 
-            # Points from this step on are made again: the old ones are not shown
-            self.writer = SummaryWriter(self.folder, purge_step=first if first else None)
+            self.writer = SummaryWriter(self.folder, purge_step=purge_step)
 
     def record(self, metrics: dict, problems: list[Problem], rollouts: list) -> None:
         """Append a step to metrics.jsonl, and its responses to samples.jsonl."""

@@ -85,7 +85,7 @@ def fingerprints(config, problems: list[Problem], held_out: list[Problem]) -> di
 def is_finished(config) -> bool:
     """Whether the run has made all its steps, and all that comes after them."""
     run = read_json(config.folder / "config.json")
-    return run is not None and run["finished"] is not None and run["finished"] >= config.steps
+    return run is not None and run.get("finished") is not None and run["finished"] >= config.steps
 
 
 def check_run(config, prints: dict[str, str]) -> None:
@@ -100,6 +100,10 @@ def check_run(config, prints: dict[str, str]) -> None:
                 f"{config.folder} holds a run without config.json: remove it, or choose a --name"
             )
         return
+    if "settings" not in run:
+        raise ValueError(
+            f"{config.folder} holds a run of an older version: remove it, or choose a --name"
+        )
     settings = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
     different = []
     for key, value in settings.items():
@@ -113,6 +117,11 @@ def check_run(config, prints: dict[str, str]) -> None:
                 f"{prints[key][:8]} now"
             )
     steps = saved_steps(config.folder / "state")
+    if run["finished"] and not steps and not is_finished(config):
+        raise ValueError(
+            f"{config.folder} is finished after {run['finished']} steps, and no state to go on "
+            "from is left: remove or rename the folder, or choose a --name"
+        )
     if steps and steps[0] > config.steps:
         different.append(f"it has {steps[0]} steps already, and steps is {config.steps}")
     if different:
@@ -202,7 +211,10 @@ class Run:
         too."""
         if self.log.writes:
             (self.config.folder / REQUEUE_FILE).touch()
-            print(f"{self.config.folder}: stopped and saved. The same command goes on with it.")
+            done = (
+                "stopped, but its last state could not be" if self.keeper.failed else "stopped and"
+            )
+            print(f"{self.config.folder}: {done} saved. The same command goes on with it.")
         sys.exit(REQUEUE)
 
 

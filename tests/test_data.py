@@ -19,6 +19,7 @@ from support.data import (
     load_data,
     load_problems,
     load_tokenizer,
+    prompt_ids,
     step_problems,
 )
 from support.run import prepare
@@ -269,3 +270,16 @@ def test_no_two_purposes_steps_or_places_share_a_seed():
     assert derive_seed(0, 7) != derive_seed(0, 7, 0), "numpy takes these two for the same"
     assert derive_seed("sample", 0, 1, 2) == derive_seed("sample", 0, 1, 2)
     assert all(0 <= derive_seed(*key) < 2**62 for key in keys), "vLLM takes no larger ones"
+
+
+def test_a_tokenizer_that_ends_any_text_in_eos_does_not_end_the_prompt(toy):
+    tokenizer = load_tokenizer(str(toy / "model"), 100)
+    plain = prompt_ids(tokenizer, "1+1")
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}",
+        special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)],
+    )
+    assert tokenizer("1+1")["input_ids"] == [*plain, tokenizer.eos_token_id]
+    assert prompt_ids(tokenizer, "1+1") == plain
+    written = prompt_ids(tokenizer, "1+1" + tokenizer.eos_token)
+    assert written[: len(plain) + 1] == [*plain, tokenizer.eos_token_id], "the template's own stays"

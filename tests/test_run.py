@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import warnings
@@ -40,14 +42,24 @@ from support.checkpoint import (
 from support.data import Problem
 from support.grader import Verdict
 from support.metrics import RunLog, cut_file
+from support.ranks import check_shared_folder
 from support.run import MAY_CHANGE, check_run, fingerprints, is_finished
 from templates import TEMPLATES
-from tests.helpers import TOY, FakeSampler, launch, read_jsonl, some_rollouts, tiny_model
+from tests.helpers import (
+    ROOT,
+    TOY,
+    FakeSampler,
+    launch,
+    read_jsonl,
+    some_rollouts,
+    tiny_model,
+    wait_until,
+)
 
 # ---------------------------------------------------------------- runs without an engine
 
 PROBLEMS = [Problem(f"p{i}", [5, 6, i], [str(i % 3)], f"p{i}", {"i": i}) for i in range(6)]
-HELD_OUT = [Problem(f"h{i}", [7, i], [str(i % 3)], f"h{i}", {"i": i}) for i in range(3)]
+HELD_OUT = [Problem(f"h{i}", [7, i], [str(i % 3)], f"h{i}", {"i": i}) for i in range(4)]
 
 
 class QuickGrader:
@@ -90,6 +102,7 @@ def run_without_engine(change=lambda policy, sampler: None, **settings):
     made = []
 
     def start(config):
+        check_shared_folder(config.folder)
         policy = make_policy(config)
         optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), fused=True)
         made.append(FakeSampler(policy))
@@ -394,6 +407,32 @@ def test_whenever_the_machine_stops_there_is_a_whole_state_or_none(here, begun):
     assert crashes > 20
 
 
+def test_what_else_lies_beside_the_states_is_left_alone(states):
+    """Somebody's copy of a state, or what a file system keeps there."""
+    _, keeper, _ = states
+    shutil.copytree("state/1", "state/1-copy")
+    Path("state/.nfs0001").write_text("")
+    save(keeper, 3)
+    assert keeper.failed == 0
+    assert sorted(os.listdir("state")) == [".nfs0001", "1-copy", "2", "3"]
+    assert newest_whole_state(Path("state"))[0] == 3
+
+
+def test_a_failed_save_leaves_nothing_that_fills_the_disk(states, monkeypatch):
+    """Else there would be no room for the next one, nor for the records."""
+    _, keeper, _ = states
+    works = dcp.save
+
+    def half(*arguments, **settings):
+        works(*arguments, **settings)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dcp, "save", half)
+    with pytest.warns(match="No space left"):
+        save(keeper, 3)
+    assert sorted(os.listdir("state")) == ["1", "2"]
+
+
 def test_what_a_killed_save_or_removal_left_is_removed_by_the_next_save(states):
     """At 7B a state is 84 GB: nobody would look for it there."""
     _, keeper, _ = states
@@ -542,7 +581,8 @@ def test_a_run_that_is_killed_at_every_step_ends_as_the_unbroken_one(here, unbro
 
 
 def test_a_run_goes_on_to_more_steps_as_if_it_had_had_them_from_the_start(here, unbroken):
-    run_without_engine(steps=2)
+    run_without_engine(steps=2, save_every=100)
+    assert saved_steps(Path("runs/run/state")) == [2], "the last one is always saved"
     assert is_finished(small(steps=2)) and not is_finished(small())
     run_without_engine()
     assert_as(Path("runs/run"), unbroken)
@@ -968,7 +1008,7 @@ import support.checkpoint
 from support.ranks import start_ranks
 from tests.test_run import Learner, save
 
-signal.alarm(200)  # a hang ends
+signal.alarm(150)  # a hang ends
 start_ranks()
 fails_at = int(sys.argv[1])
 learner = Learner("base")
@@ -1037,3 +1077,247 @@ def test_a_save_that_fails_on_one_rank_keeps_the_ranks_in_step(base, tmp_path):
     save_on_two_ranks(base, tmp_path, fails_at=2)
     assert saved_steps(tmp_path / "state") == [3, 1]
     assert find_damage(tmp_path / "state" / "3") is None
+
+
+# Runs without an engine in processes of their own; the first may wait in its last step but one
+ALONE = """
+import json, sys, time
+from support.ranks import start_ranks
+from tests.test_run import run_without_engine
+
+start_ranks()
+pause = float(sys.argv[1])
+
+
+def slow(policy, sampler):
+    generate = sampler.generate
+
+    def slow_generate(*arguments):
+        time.sleep(pause)
+        return generate(*arguments)
+
+    sampler.generate = slow_generate
+
+
+run_without_engine(slow, **json.loads(sys.argv[2]))
+"""
+
+
+def begin(folder, *launcher, pause=0.0, **settings):
+    """Start ALONE in a folder; `launcher` are torchrun's arguments, or none."""
+    (folder / "alone.py").write_text(ALONE)
+    torchrun = ["-m", "torch.distributed.run", *launcher, "--"] if launcher else []
+    command = [sys.executable, *torchrun, "alone.py", str(pause), json.dumps(settings)]
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    foreign = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment | ours,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process, code=0):
+    """Wait for a process; what it printed."""
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == code, printed[-4000:]
+    return printed
+
+
+def wait_for_a_step(process, folder):
+    """Until the first step is recorded."""
+    records = folder / "runs" / "run" / "metrics.jsonl"
+    wait_until(
+        lambda: process.poll() is not None or (records.exists() and records.stat().st_size), 200
+    )
+    assert process.poll() is None, process.communicate()[0][-4000:]
+
+
+def assert_nearly_as(folder, other):
+    """As assert_as, to floating-point tolerance."""
+    (rows, samples, weights), (others, other_samples, other_weights) = map(
+        contents, (folder, other)
+    )
+    assert [s["response"] for s in samples] == [s["response"] for s in other_samples]
+    for row, expected in zip(rows, others, strict=True):
+        for key in expected.keys() - {"gap"}:
+            assert row[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+    for name, weight in other_weights.items():
+        assert torch.allclose(weights[name], weight, atol=1e-4), name
+
+
+TWO_RANKS = ("--standalone", "--nproc-per-node=2", "--shutdown-timeout=120")
+
+
+@pytest.mark.slow
+def test_a_second_signal_stops_at_once_and_the_run_goes_on_from_its_newest_state(here, unbroken):
+    process = begin(here, pause=5)
+    wait_for_a_step(process, here)
+    process.send_signal(signal.SIGTERM)
+    wait_until(lambda: "again: stop now" in process.stdout.readline(), 60)
+    process.send_signal(signal.SIGTERM)
+    end(process, -signal.SIGTERM)
+    assert not Path("runs/run/requeue").exists()
+    run_without_engine()
+    assert_as(Path("runs/run"), unbroken)
+
+
+@pytest.mark.slow
+def test_two_ranks_under_torchrun_are_asked_to_stop_and_go_on(here, unbroken):
+    """As launch/slurm.sbatch does it. torchrun exits with 1, so a file says what it was."""
+    forward = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+    process = begin(here, *TWO_RANKS, forward, pause=1)
+    wait_for_a_step(process, here)
+    process.send_signal(signal.SIGUSR1)
+    printed = end(process, 1)
+    assert printed.count("SIGUSR1: the step in flight is finished") == 2
+    assert printed.count("The same command goes on") == 1
+    assert Path("runs/run/requeue").exists()
+    made = len(read_jsonl(Path("runs/run/metrics.jsonl")))
+    assert made < 4 and saved_steps(Path("runs/run/state"))[0] == made
+    end(begin(here, *TWO_RANKS))
+    assert not Path("runs/run/requeue").exists()
+    assert_nearly_as(Path("runs/run"), unbroken)
+
+
+@pytest.mark.slow
+def test_two_agents_make_the_steps_of_one_process(here, unbroken):
+    """They stand in for two nodes: (nodes, ranks) is a mesh of 2 x 2. Begun on one rank."""
+    run_without_engine(steps=1)
+    free = socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=1"]
+    node = ["--nnodes=2", "--nproc-per-node=2", "--local-addr=127.0.0.1", *rendezvous]
+    for process in [begin(here, *node) for _ in "ab"]:
+        end(process)
+    assert_nearly_as(Path("runs/run"), unbroken)
+
+
+def mounted(folder, size):
+    """A small disk at a folder; skips the test where that is not allowed."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("a small disk can only be mounted as root")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("obstacle", ["full", "read-only"])
+def test_a_real_disk_that_is_full_or_read_only_costs_no_state(here, unbroken, obstacle):
+    """A full one holds the records, too: what a failed save has written must not fill it."""
+    disk = Path("runs/run") if obstacle == "full" else Path("runs/run/state")
+    mounted(disk, "2800k" if obstacle == "full" else "16m")  # a state has 0.9 MB, an export 0.35
+    try:
+        if obstacle == "read-only":
+            crash(crash_at(drgrpo, "update", 5))
+            subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        with (
+            pytest.warns(match="could not be saved in runs/run/state: .*older states are kept"),
+            pytest.raises(RuntimeError, match="twice in a row"),
+        ):
+            run_without_engine(steps=8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kept = newest_whole_state(Path("runs/run/state"))[0]
+        assert kept == (2 if obstacle == "full" else 4)
+        assert read_jsonl(Path("runs/run/metrics.jsonl"))[-1]["failed_saves"] == 1
+        subprocess.run(["mount", "-o", "remount,rw,size=16m", str(disk)], check=True)
+        run_without_engine()
+        assert_as(Path("runs/run"), unbroken)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --------------------------------------------------------- whole runs from the command line
+
+SETTINGS = ["--prompts-per-step", "8", "--responses-per-update", "32", "--eval-every", "3"]
+NOBODY = ("no rank", "start", 0, 0, 0, False)
+
+
+def toy_run(folder, kill=NOBODY, ranks=1, steps=3):
+    """One command that trains the toy, in which `kill` is done as benchmarks/chaos.py does it:
+    (rank, phase, call, delay, signal, whether to the whole group). Returns its exit code."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    launcher = [*torchrun, "--shutdown-timeout=120", "--"] if ranks > 1 else []
+    chaos = [str(ROOT / "benchmarks" / "chaos.py"), "child", *map(str, kill)]
+    command = [sys.executable, *launcher, *chaos, "toy", "--steps", str(steps), *SETTINGS]
+    foreign = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in foreign}
+    done = subprocess.run(
+        [*command, "--save-every", "1"],
+        cwd=folder,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        start_new_session=True,
+    )
+    (folder / "log").write_text(done.stdout + done.stderr)
+    return done.returncode
+
+
+def toy_folder(toy, folder):
+    (folder / "runs").mkdir()
+    (folder / "runs" / "toy-base").symlink_to(toy)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken_toy(toy, tmp_path_factory):
+    folder = toy_folder(toy, tmp_path_factory.mktemp("toy"))
+    assert toy_run(folder) == 0, (folder / "log").read_text()[-4000:]
+    return folder / "runs" / "toy"
+
+
+@pytest.mark.slow
+def test_a_real_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
+    toy, unbroken_toy, tmp_path
+):
+    folder = toy_folder(toy, tmp_path)
+    for phase, call, group in (("sampling", 3, True), ("update", 2, False), ("saving", 1, True)):
+        kill = (0, phase, call, 0.02, int(signal.SIGKILL), group)
+        assert toy_run(folder, kill) == -signal.SIGKILL, (folder / "log").read_text()[-4000:]
+    assert toy_run(folder) == 0, (folder / "log").read_text()[-4000:]
+    assert_as(folder / "runs" / "toy", unbroken_toy)
+    assert toy_run(folder) == 0
+    assert "is finished: 3 steps" in (folder / "log").read_text()
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_leaves_the_graders_workers_to_the_step(
+    toy, unbroken_toy, tmp_path
+):
+    """Else its gradings would be lost and score 0."""
+    folder = toy_folder(toy, tmp_path)
+    kill = (0, "sampling", 3, 0.0, int(signal.SIGTERM), True)
+    assert toy_run(folder, kill) == 75, (folder / "log").read_text()[-4000:]
+    run = folder / "runs" / "toy"
+    assert (run / "requeue").exists()
+    row = read_jsonl(run / "metrics.jsonl")[-1]
+    assert row["step"] == 1 and row["timeouts"] == row["errors"] == 0
+    assert toy_run(folder) == 0, (folder / "log").read_text()[-4000:]
+    assert_as(run, unbroken_toy)
+
+
+@pytest.mark.slow
+def test_a_real_run_grows_from_one_rank_to_two_and_one_of_them_is_asked_to_stop(
+    toy, unbroken_toy, tmp_path
+):
+    folder = toy_folder(toy, tmp_path)
+    assert toy_run(folder, steps=1) == 0, (folder / "log").read_text()[-4000:]
+    kill = (1, "sampling", 1, 0.0, int(signal.SIGTERM), False)
+    assert toy_run(folder, kill, ranks=2) == 1, (folder / "log").read_text()[-4000:]
+    run = folder / "runs" / "toy"
+    assert (run / "requeue").exists() and saved_steps(run / "state") == [2, 1]
+    assert toy_run(folder, ranks=2) == 0, (folder / "log").read_text()[-4000:]
+    samples, others = (read_jsonl(r / "samples.jsonl") for r in (run, unbroken_toy))
+    assert [s["response"] for s in samples] == [s["response"] for s in others]
+    _, _, weights = contents(run)
+    for name, weight in contents(unbroken_toy)[2].items():
+        assert torch.allclose(weights[name], weight, atol=1e-5), name
