@@ -211,8 +211,8 @@ def copy_to_cpu(value: Any) -> Any:
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the states that are complete, the newest first."""
-    steps = [int(path.parent.name) for path in folder.glob(f"*/{MANIFEST}")]
-    return sorted(steps, reverse=True)
+    names = [path.parent.name for path in folder.glob(f"*/{MANIFEST}")]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def newest_whole_state(folder: Path) -> tuple[int, dict] | None:

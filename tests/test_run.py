@@ -497,8 +497,9 @@ def test_a_save_that_cannot_write_is_a_failed_save(here, obstacle, monkeypatch):
         monkeypatch.setattr(writer, mock.Mock(side_effect=full))
     else:
         Path("state").write_text("")
-    with pytest.warns(match="could not be saved in state"):
+    with pytest.warns(match="could not be saved in state") as seen:
         save(keeper, 1)
+    assert "Traceback" not in str(seen[0].message), "one line that says why"
     assert keeper.failed == 1 and saved_steps(Path("state")) == []
 
 
@@ -1212,26 +1213,25 @@ def mounted(folder, size):
 def test_a_real_disk_that_is_full_or_read_only_costs_no_state(here, unbroken, obstacle):
     """A full one holds the records, too: what a failed save has written must not fill it."""
     disk = Path("runs/run") if obstacle == "full" else Path("runs/run/state")
-    mounted(disk, "2800k" if obstacle == "full" else "16m")  # a state has 0.9 MB, an export 0.35
+    mounted(disk, "2800k" if obstacle == "full" else "16m")  # a state has 1044 KiB
     try:
         if obstacle == "read-only":
-            crash(crash_at(drgrpo, "update", 5))
+            crash(crash_at(drgrpo, "update", 3))
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         with (
-            pytest.warns(match="could not be saved in runs/run/state: .*older states are kept"),
+            pytest.warns(match="(?s)could not be saved in runs/run/state: .*older states are kept"),
             pytest.raises(RuntimeError, match="twice in a row"),
         ):
-            run_without_engine(steps=8)
+            run_without_engine(steps=8, eval_every=100)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            kept = newest_whole_state(Path("runs/run/state"))[0]
-        assert kept == (2 if obstacle == "full" else 4)
+            assert newest_whole_state(Path("runs/run/state"))[0] == 2
         assert read_jsonl(Path("runs/run/metrics.jsonl"))[-1]["failed_saves"] == 1
         subprocess.run(["mount", "-o", "remount,rw,size=16m", str(disk)], check=True)
         run_without_engine()
         assert_as(Path("runs/run"), unbroken)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 # --------------------------------------------------------- whole runs from the command line
