@@ -171,7 +171,7 @@ def test_rewards_are_one_or_zero_in_the_order_of_the_responses(grader):
 
 def test_many_symbols_left_of_an_equals_sign_take_no_time(grader):
     before = grader.timeouts
-    responses = [boxed("\\alpha" * 20 + "+1=5"), boxed("x" + "_a" * 30 + "+1=5")]
+    responses = [boxed("\\alpha" * 20 + "+1=5"), boxed("x" + "_a" * 15 + "+1=5")]
     assert grader.grade(responses, ["5", "5"]) == [0.0, 0.0]
     assert grader.timeouts == before
 
@@ -301,7 +301,7 @@ def workers_of_this_process() -> list[int]:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_idle_workers_lost_to_a_signal_are_replaced(sent, monkeypatch):
-    monkeypatch.setattr(support.grader, "PATIENCE", 3.0)
+    monkeypatch.setattr(support.grader, "PATIENCE", 15.0)
     others = set(workers_of_this_process())
     with Grader("none") as grader:
         assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
