@@ -6,7 +6,10 @@
 # Each first makes .venv: with vLLM's CUDA build if there is an NVIDIA GPU, else with its CPU build.
 
 PYTHON ?= python3
+# Two processes, of one thread each; a file's tests stay together and share what they have made
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n 2 --dist loadfile
 GPU := $(shell nvidia-smi -L 2>/dev/null)
+DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -1)
 
 .PHONY: toy test test-all check findings chaos fuzz
 toy: .venv/ready
@@ -21,10 +24,10 @@ check: .venv/test-ready
 	.venv/bin/mypy
 
 test: check
-	.venv/bin/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: check
-	.venv/bin/python -m pytest -q
+	$(PYTEST)
 
 findings: .venv/ready
 	.venv/bin/python -m findings
@@ -43,6 +46,10 @@ fuzz: .venv/ready
 .venv/ready: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+ifneq ($(GPU),)
+	@test "$$(echo $(DRIVER) | cut -d. -f1)" -ge 580 || { echo "the GPU's driver is $(DRIVER);" \
+		"580 or newer is needed, because torch is built for CUDA 13" >&2; exit 1; }
+endif
 	$(PYTHON) -m venv .venv
 ifneq ($(GPU),)
 	.venv/bin/pip install -r requirements.txt

@@ -39,7 +39,6 @@ responses of an update, B rows of T tokens. Not a framework: copy this file and 
 import gc
 import math
 import sys
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -59,9 +58,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from support import guards
 from support.data import Problem, derive_seed, step_problems
+from support.engine import engine_settings, give_threads_back
 from support.grader import Grader, refuse_broken_reward
-from support.guards import all_sent, check_endings, eos_ids, probe, refuse_gap
 from support.logprobs import token_logprobs
 from support.metrics import keep_if_it_fails, summarize
 from support.ranks import (
@@ -77,8 +77,10 @@ from support.run import Run, is_finished, prepare
 from templates import TEMPLATES
 from toy import make_toy
 
-CUDA = torch.cuda.is_available()  # else everything runs on the CPU, in fp32
+CUDA = torch.cuda.is_available()  # else everything runs on the CPU
 DEVICE = "cuda" if CUDA else "cpu"
+Dtype = Literal["bfloat16", "float32"]  # of computing; master weights are always fp32
+DTYPE: Dtype = "bfloat16" if CUDA else "float32"
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -126,12 +128,13 @@ class Config:
     tis_cap: float | None = 2.0  # cap of trainer/sampler importance weights; None: no weights
     divide_by_std: bool = False  # True is GRPO's first bias
     divide_by_length: bool = False  # True is GRPO's second bias
-    # stop if trainer and sampler log-probs differ by more, in nats a token (bf16 rounds)
-    max_gap: float = 0.1 if CUDA else 1e-3
+    # stop if trainer and sampler log-probs differ by more, in nats a token; None: by the dtype
+    max_gap: float | None = None
 
     tokens_per_microbatch: int = 16384  # prompts and responses: memory, not the gradient
     activation_checkpointing: bool = True  # recompute activations: memory, not the gradient
     offload: bool = False  # keep master weights, gradients and optimizer in the CPU's memory
+    dtype: Dtype = DTYPE  # of computing, in policy and sampler
     compile: bool = False  # torch.compile the layers: a slow start; not yet measured on a GPU
     grader_workers: int = 2  # processes a rank that grade
     grader_timeout: float = 5.0  # seconds a grading; then the reward is 0, and it is counted
@@ -166,6 +169,8 @@ class Config:
             )
         if self.template not in TEMPLATES:
             wrong.append(f"template {self.template!r} must be one of {', '.join(TEMPLATES)}")
+        if CUDA and self.dtype == "float32":
+            wrong.append("dtype must be bfloat16 on a GPU: its attention kernel has no float32")
         if wrong:
             raise ValueError("; ".join(wrong))
 
@@ -344,34 +349,31 @@ class Sampler:
 
     `context` is the longest prompt plus response, in tokens. Token ids go in and come out.
     `tensor_parallel` consecutive ranks share one model and must get the same prompts. The engine
-    takes what memory is free now, but for a margin and `reserve` bytes. Raises ValueError if
+    takes what memory is free now, but for a margin and `reserve` bytes, and no more than
+    `sequences` at once can use. Only one with `can_sleep` can hand it back. Raises ValueError if
     nothing is left for it.
     """
 
     def __init__(
-        self, model: str, context: int, seed: int = 0, tensor_parallel: int = 1, reserve: int = 0
+        self,
+        model: str,
+        context: int,
+        seed: int = 0,
+        tensor_parallel: int = 1,
+        reserve: int = 0,
+        dtype: str = DTYPE,
+        sequences: int = 1024,
+        can_sleep: bool = False,
     ):
         from vllm import LLM
 
         self.tensor_parallel = tensor_parallel
-        self.dtype = torch.bfloat16 if CUDA else torch.float32
-        machine: dict = {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
-        if CUDA:
-            dist.all_reduce(torch.zeros(1, device=DEVICE))  # NCCL takes its memory now
-            gc.collect()
-            torch.cuda.empty_cache()
-            free, total = torch.cuda.mem_get_info()
-            share = (0.95 * free - reserve) / total
-            if share <= 0:
-                raise ValueError(f"no room for vLLM beside {model}: --offload, or more GPUs")
-            machine = {
-                "gpu_memory_utilization": share,
-                "enable_sleep_mode": True,
-                "max_num_seqs": 1024,
-            }
+        self.dtype = getattr(torch, dtype)
         self.llm = LLM(
             model,
             dtype=self.dtype,
+            # Logits are not rounded to bf16, as in HeadLogprobs
+            hf_overrides={"head_dtype": "float32"},
             max_model_len=context,
             seed=seed,
             tensor_parallel_size=tensor_parallel,
@@ -379,9 +381,9 @@ class Sampler:
             logprobs_mode="processed_logprobs",  # of the distribution at this temperature
             load_format="safetensors",  # no pickle
             use_tqdm_on_load=False,
-            **machine,
+            **engine_settings(model, context, sequences, reserve, can_sleep),
         )
-        self.eos_ids = eos_ids(self.llm)
+        self.eos_ids = guards.eos_ids(self.llm)
 
     def generate(
         self,
@@ -434,7 +436,7 @@ class Sampler:
                     )
                     for response in output.outputs
                 ]
-                check_endings(groups[place], self.eos_ids, stop)
+                guards.check_endings(groups[place], self.eos_ids, stop)
                 finished(place, groups[place])
         return [groups[place] for place in range(len(problems))]
 
@@ -455,7 +457,7 @@ class Sampler:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
         names = set(policy.model.state_dict())
-        weights = all_sent(full_weights(policy.model, self.dtype), names)
+        weights = guards.all_sent(full_weights(policy.model, self.dtype), names)
         self.llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True}
         )
@@ -538,12 +540,7 @@ def score(
     rollouts = gather_rows(rollouts)
     refuse_broken_reward(gather_rows(verdicts))
     lowest = min(rollout.reward for rollout in rollouts)
-    if dist.get_rank() == 0 and lowest < config.truncated_reward:
-        warnings.warn(
-            f"some rewards are below that of a truncated response, {config.truncated_reward}, so "
-            "being cut off pays: lower --truncated-reward",
-            stacklevel=1,
-        )
+    guards.warn_if_truncation_pays(lowest, config.truncated_reward)
     rewards = torch.tensor([rollout.reward for rollout in rollouts]).view(-1, n)  # (P, G)
     advantages = group_advantages(rewards, config.divide_by_std).flatten().tolist()
     return [replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
@@ -680,7 +677,7 @@ class Policy(torch.nn.Module):
 
 
 def make_policy(config: Config) -> Policy:
-    """The policy in FSDP2 shards: fp32 master weights, bf16 compute on CUDA, fp32 on a CPU."""
+    """The policy in FSDP2 shards: fp32 master weights, computing in the run's dtype."""
     model = AutoModelForCausalLM.from_pretrained(
         config.model, dtype="auto", attn_implementation="packed", use_safetensors=True
     ).train()
@@ -689,7 +686,7 @@ def make_policy(config: Config) -> Policy:
     policy = Policy(model)
     settings = {
         "mesh": mesh(),
-        "mp_policy": MixedPrecisionPolicy(torch.bfloat16 if CUDA else None, torch.float32),
+        "mp_policy": MixedPrecisionPolicy(getattr(torch, config.dtype), torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=CUDA) if config.offload else OffloadPolicy(),
     }
     for layer in model.get_decoder().layers:
@@ -703,19 +700,25 @@ def make_policy(config: Config) -> Policy:
 
 def start(config: Config) -> tuple[Policy, torch.optim.Optimizer, Sampler, Grader]:
     """Join the ranks; returns policy, optimizer, sampler and grader, all of this rank."""
-    start_ranks()
+    start_ranks(training=True)
     check_shared_folder(config.folder)
     policy = make_policy(config)
     optimizer = torch.optim.AdamW(
         policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True
     )
     shards = sum(parameter.to_local().nbytes for parameter in policy.parameters())
+    prompts = math.ceil(config.prompts_per_step / dist.get_world_size())  # of this rank
     sampler = Sampler(
         config.model,
         config.max_prompt_tokens + config.max_response_tokens,
         derive_seed("engine", config.seed, dist.get_rank()) % 2**32,
         reserve=0 if config.offload else 2 * shards,  # Adam's moments, which are not there yet
+        dtype=config.dtype,
+        sequences=prompts * config.samples_per_prompt,
+        can_sleep=True,
     )
+    if config.offload:  # AdamW runs on the CPU
+        give_threads_back()
     grader = Grader(config.template, config.grader_workers, config.grader_timeout, config.reward)
     return policy, optimizer, sampler, grader
 
@@ -768,7 +771,7 @@ def update(
     and FloatingPointError if a loss or the gradient is not finite.
     """
     seconds: dict[str, float] = {}
-    before = probe(policy)
+    before = guards.probe(policy)
     # The old policy is the policy before the round's first update. That update uses its own
     # log-probs; the later ones need the old policy's, computed here.
     with timed(seconds, "old_logprobs"), torch.no_grad():
@@ -787,7 +790,7 @@ def update(
                 sums[key] += value
         for key, value in all_reduce(sums).items():
             totals[key] += value
-        refuse_gap(totals["gap"] / totals["tokens"], config.max_gap)
+        guards.refuse_gap(totals["gap"] / totals["tokens"], config.max_gap, config.dtype)
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         norm = norm.full_tensor().item()
         if not math.isfinite(norm):
@@ -798,7 +801,7 @@ def update(
     metrics = {"loss": totals["loss"] / len(updates), "grad_norm": grad_norms / len(updates)}
     for key in ("gap", "tis_capped", "clipped", "kl"):
         metrics[key] = totals[key] / totals["tokens"]
-    moved = all_reduce({"moved": (probe(policy) != before).sum(), "probed": before.numel()})
+    moved = all_reduce({"moved": (guards.probe(policy) != before).sum(), "probed": before.numel()})
     metrics["weights_moved"] = moved["moved"] / moved["probed"]
     return metrics | seconds
 

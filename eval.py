@@ -24,9 +24,10 @@ import torch.distributed as dist
 import tyro
 from tqdm import tqdm
 
-from drgrpo import Rollout, Sampler
+from drgrpo import CUDA, DTYPE, Dtype, Rollout, Sampler
 from support.checkpoint import weights_fingerprint
 from support.data import Problem, derive_seed, load_problems, load_tokenizer
+from support.engine import refuse_old_driver
 from support.grader import TIMEOUT, Grader, Verdict, check_reward, refuse_broken_reward
 from support.metrics import append_rows, markdown, mean, number, read_rows, versions, write_rows
 from support.ranks import from_all_ranks, from_rank_0, start_ranks
@@ -255,7 +256,8 @@ def average(results: list[dict]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------------- evaluate
 
-RESPONSES_AT_ONCE = 256  # of each engine between two writes to disk
+# Of each engine between two writes to disk. At the end of each a GPU waits for a few long ones
+RESPONSES_AT_ONCE = 4096 if CUDA else 256
 
 
 def evaluate(
@@ -476,6 +478,7 @@ class EvalConfig:
     reward: str = "math"  # or FILE.py:FUNCTION, called as FUNCTION(response, row) -> float
     max_response_tokens: int = 3000  # the paper's
     max_prompt_tokens: int = 1096  # the context is the sum: a longer prompt has a shorter response
+    dtype: Dtype = DTYPE  # of computing
     output: Path = Path("runs/eval")  # folder of results.json and one .jsonl of responses a score
     tensor_parallel: int = 1  # GPUs that hold one model together; the ranks are a multiple of it
     regrade: Path | None = None  # only grade the responses of this file again, without a model
@@ -531,10 +534,11 @@ def refuse_wrong_settings(config: EvalConfig) -> None:
 
 def prepare_cells(config: EvalConfig) -> list[Cell]:
     """All that can go wrong before a model loads. Raises ValueError that says what to do."""
+    refuse_old_driver()
     refuse_wrong_settings(config)
     cells = []
     shared: dict = {"versions": versions(), "reward_function": config.reward}
-    for key in ("n", "temperature", "seed", "max_response_tokens", "context"):
+    for key in ("n", "temperature", "seed", "max_response_tokens", "context", "dtype"):
         shared[key] = getattr(config, key)
     for model in config.model:
         checkpoint = str(Path(model).resolve()) if Path(model).is_dir() else model
@@ -571,7 +575,9 @@ def measure_cells(config: EvalConfig, cells: list[Cell]) -> list[dict]:
     results = []
     for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
         start_ranks(checkpoint)
-        sampler = Sampler(checkpoint, config.context, config.seed, config.tensor_parallel)
+        sampler = Sampler(
+            checkpoint, config.context, config.seed, config.tensor_parallel, dtype=config.dtype
+        )
         for cell in [cell for cell in cells if cell.checkpoint == checkpoint]:
             with Grader(cell.template, reward=config.reward) as grader:
                 scores = evaluate(

@@ -113,6 +113,14 @@ MANIFEST = "manifest.json"  # of a state: size and sha256 of each of its files
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: a CheckpointException prints the traceback of every rank."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    failures = sorted(error.failures.items())
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in failures)
+
+
 class StateKeeper:
     """Saves all that a run needs to go on, and loads it again.
 
@@ -150,7 +158,7 @@ class StateKeeper:
             saving.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             self.failed += 1
-            message = f"the state could not be saved in {self.folder}: {error}"
+            message = f"the state could not be saved in {self.folder}: {reason(error)}"
             if self.failed > 1:
                 raise RuntimeError(f"twice in a row, {message}") from error
             warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)

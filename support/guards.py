@@ -4,13 +4,19 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 PROBE_EVERY = 1009  # of so many weights of a shard, one is looked at
 PATIENCE = 10  # steps in a row that say nothing, until there is a warning
 
 
-def refuse_gap(gap: float, max_gap: float) -> None:
+MAX_GAP = {"bfloat16": 0.1, "float32": 1e-3}  # what rounding to this dtype cannot reach
+
+
+def refuse_gap(gap: float, max_gap: float | None, dtype: str) -> None:
     """Raises RuntimeError if trainer and sampler differ too much, in nats a token on average."""
+    if max_gap is None:
+        max_gap = MAX_GAP[dtype]
     if not gap <= max_gap:
         raise RuntimeError(
             f"the log-probs of trainer and sampler differ by {gap:.3g} nats a token, above "
@@ -62,6 +68,15 @@ def probe(policy: torch.nn.Module) -> torch.Tensor:
     policy.reshard()  # after a forward pass without a backward one, some weights are whole
     shards = [parameter.to_local().flatten()[::PROBE_EVERY] for parameter in policy.parameters()]
     return torch.cat(shards).clone()
+
+
+def warn_if_truncation_pays(lowest_reward: float, truncated_reward: float) -> None:
+    """A response that is cut off must not be worth more than one that ends."""
+    if dist.get_rank() == 0 and lowest_reward < truncated_reward:
+        warn(
+            f"some rewards are below that of a truncated response, {truncated_reward}, so being "
+            "cut off pays: lower --truncated-reward"
+        )
 
 
 class Warner:

@@ -168,8 +168,9 @@ class HeadLogprobs(torch.autograd.Function):
         ctx.temperature = temperature
         values = []
         for h, y in chunks(weight, hidden, targets):
-            logprobs = mm_fp32(h, weight.T).div_(temperature).log_softmax(dim=1)
-            values.append(logprobs.gather(1, y.unsqueeze(1)).squeeze(1))
+            logits = logits_fp32(h, weight, temperature)
+            chosen = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+            values.append(chosen - logits.logsumexp(dim=1))  # log_softmax of the chosen ones
         return torch.cat(values)
 
     @staticmethod
@@ -180,7 +181,7 @@ class HeadLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for h, y, g in chunks(weight, hidden, targets, grad / ctx.temperature):
             y, g = y.unsqueeze(1), g.unsqueeze(1)
-            probs = mm_fp32(h, weight.T).div_(ctx.temperature).softmax(dim=1)
+            probs = logits_fp32(h, weight, ctx.temperature).softmax(dim=1)
             grad_logits = probs.mul_(-g).scatter_add_(1, y, g).to(weight.dtype)
             grad_hidden.append(grad_logits @ weight)
             grad_weight += mm_fp32(grad_logits.T, h)
@@ -193,6 +194,12 @@ def chunks(weight: torch.Tensor, *tensors: torch.Tensor) -> Iterator[tuple[torch
     return zip(*(x.split(rows) for x in tensors), strict=True)
 
 
+def logits_fp32(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
+    """hidden (rows, D) @ weight (V, D).T / temperature, in fp32."""
+    logits = mm_fp32(hidden, weight.T)
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
 def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in fp32. On CUDA the factors may be bf16, and the sums are never rounded to bf16."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+    """a @ b in fp32. The factors may be bf16, and the sums are never rounded to bf16."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

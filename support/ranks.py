@@ -20,12 +20,14 @@ from torch.distributed.rendezvous import rendezvous
 from transformers.utils.logging import disable_progress_bar
 
 
-def start_ranks(name: str = "") -> None:
+def start_ranks(name: str = "", training: bool = False) -> None:
     """Join the process group that torchrun describes; without torchrun, a group of one.
 
     A second group in one process needs another name: torchrun's store still has the addresses of
     the first.
     """
+    if training:  # what the policy frees can go back to the GPU. To be set before CUDA starts
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     alone = {
         "RANK": "0",
         "LOCAL_RANK": "0",

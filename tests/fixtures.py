@@ -89,7 +89,7 @@ def fake_run(ranks, toy, tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def grader():
     """Boxed answers, graded by two workers."""
-    with Grader("qwen_math") as grader:
+    with Grader("qwen_math", timeout=30.0) as grader:
         yield grader
 
 

@@ -68,13 +68,20 @@ def test_an_evaluation_alone_says_nothing():
 ])  # fmt: skip
 def test_a_gap_above_the_limit_is_refused_with_its_likely_causes(gap, fine):
     if fine:
-        refuse_gap(gap, 0.1)
+        refuse_gap(gap, 0.1, "float32")
         return
     with pytest.raises(RuntimeError) as refused:
-        refuse_gap(gap, 0.1)
+        refuse_gap(gap, 0.1, "float32")
     for cause in ("old weights", "prefix cache", "not sent", "temperature", "precision", "prompt"):
         assert cause in str(refused.value)
     assert "This update was not made" in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype, limit", [("bfloat16", 0.1), ("float32", 1e-3)])
+def test_without_a_limit_the_gap_must_be_what_rounding_can_reach(dtype, limit):
+    refuse_gap(limit, None, dtype)
+    with pytest.raises(RuntimeError, match=f"above max_gap {limit:g}"):
+        refuse_gap(1.01 * limit, None, dtype)
 
 
 def test_all_weights_of_the_model_are_sent_and_no_other():

@@ -15,7 +15,7 @@ import drgrpo
 from drgrpo import Sampler, collate, full_weights, train_step
 from support.data import Problem
 from support.grader import Verdict
-from support.guards import check_endings
+from support.guards import check_endings, eos_ids
 from templates import TEMPLATES
 from tests.helpers import LONG
 
@@ -263,5 +263,5 @@ def test_the_engines_own_eos_are_known(steps):
     for eos, tokenizers, expected in (([3, 4], 5, {3, 4, 5}), (0, 5, {0, 5}), (None, 5, {5})):
         llm.llm_engine.model_config.try_get_generation_config.return_value = {"eos_token_id": eos}
         llm.get_tokenizer.return_value.eos_token_id = tokenizers
-        assert drgrpo.eos_ids(llm) == expected
+        assert eos_ids(llm) == expected
     assert steps.sampler.eos_ids == {0}
