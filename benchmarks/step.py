@@ -73,6 +73,7 @@ class FixedLengths(drgrpo.Sampler):
     given_back: float | None = (
         None  # share of the GPU memory that the engine held which sleep gives back
     )
+    tail = 0.0  # share of the last sampling in which under an eighth of the sequences were left
     equal = False  # whether all responses have the longest length, in place of the mix
 
     def lengths(self, count: int, longest: int) -> list[int]:
@@ -126,9 +127,21 @@ class FixedLengths(drgrpo.Sampler):
                 rollout.finish_reason = "stop"
             finished(place, group)
 
-        engine.add_request = add_fixed
+        run_step, in_tail = engine.step, 0.0
+
+        def step_timed():
+            nonlocal in_tail
+            few = engine.get_num_unfinished_requests() < len(problems) * n / 8
+            start = time.perf_counter()
+            outputs = run_step()
+            in_tail += time.perf_counter() - start if few else 0.0
+            return outputs
+
+        engine.add_request, engine.step = add_fixed, step_timed
+        start = time.perf_counter()
         groups = super().generate(problems, seeds, n, max_tokens, temperature, stop, answer)
-        del engine.add_request
+        self.tail = in_tail / (time.perf_counter() - start)
+        del engine.add_request, engine.step
         return groups
 
 
@@ -259,7 +272,7 @@ def measure(options: Options) -> tuple[dict, dict[str, float]]:
         metrics, rollouts = drgrpo.train_step(
             config, step, problems, policy, optimizer, sampler, grader
         )
-        rows.append(figures(metrics, rollouts))
+        rows.append(figures(metrics, rollouts) | {"tail": sampler.tail})
     counted = rows[options.warmup :]
     result: dict = {key: statistics.median(row[key] for row in counted) for key in rows[0]}
     flops = model_flops(policy.model, [r for r in rollouts if r.advantage != 0])
@@ -333,7 +346,8 @@ def report(result: dict, peaks: dict[str, float]) -> str:
             if result["given_back"] is not None
             else ""
         )
-        + f"Gap {result['gap']:.2g}. {result['device']}, {result['ranks']} rank(s); "
+        + f"The tail, with under an eighth of the sequences in flight, is {result['tail']:.1%} of "
+        f"the sampling. Gap {result['gap']:.2g}. {result['device']}, {result['ranks']} rank(s); "
         + ", ".join(f"{k} {v}" for k, v in versions().items())
     )
 

@@ -93,30 +93,39 @@ def packed_attention(
     longest = lengths.max().item()
     refuse_other_attention(longest, attention_mask=attention_mask, **others)
     refuse_head_size(query.shape[-1], value.shape[-1])
-    grouped = query.shape[1] != key.shape[1]
-    if query.is_cuda:  # one kernel for all rows, in half precision
-        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-        out = varlen_attn(
-            query,
-            key,
-            value,
-            ends,
-            ends,
-            longest,
-            longest,
-            scale=scaling,
-            window_size=(-1, 0),
-            enable_gqa=grouped,
-        )
-        return out.unsqueeze(0), None
+    if query.is_cuda:
+        return all_rows_at_once(query, key, value, ends, longest, scaling), None
+    return row_by_row(query, key, value, lengths, scaling), None
+
+
+def all_rows_at_once(query, key, value, ends, longest: int, scaling) -> torch.Tensor:
+    """With FlashAttention's kernel for rows of different lengths, in half precision."""
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (S, H, d)
+    out = varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),  # everything before a token, nothing after it
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.unsqueeze(0)
+
+
+def row_by_row(query, key, value, lengths, scaling) -> torch.Tensor:
+    """On a CPU, where there is no such kernel."""
     outputs = []
     rows = zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)), strict=True)
     for q, k, v in rows:
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out)
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 def refuse_other_attention(
