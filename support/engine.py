@@ -2,6 +2,7 @@
 
 import gc
 import importlib.metadata
+import math
 import os
 import shutil
 import subprocess
@@ -75,7 +76,7 @@ def engine_settings(
     room = 0.95 * free - reserve
     if room <= 0:
         raise ValueError(f"no room for vLLM beside {model}: --offload, or more GPUs")
-    sequences = max(sequences, FEWEST_SEQUENCES)
+    sequences = BLOCK * math.ceil(max(sequences, FEWEST_SEQUENCES) / BLOCK)  # as CUDA graphs have
     settings = {
         "gpu_memory_utilization": room / total,
         "enable_sleep_mode": can_sleep,

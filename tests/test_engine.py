@@ -1,6 +1,7 @@
 """Tests of support/engine.py: what vLLM may take of the machine. A GPU is only pretended here."""
 
 import importlib.metadata
+import json
 import os
 import subprocess
 from unittest import mock
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig
 
+import drgrpo
 import support.engine
 from support.data import Problem
 from support.engine import (
@@ -19,7 +21,7 @@ from support.engine import (
     give_threads_back,
     refuse_old_driver,
 )
-from tests.helpers import LONG, ROOT, tiny_model
+from tests.helpers import LONG, ROOT, launch, tiny_model
 
 GIB = 2**30
 
@@ -69,7 +71,7 @@ def test_only_an_engine_that_sleeps_is_made_for_it(gpu):
     assert engine_settings(gpu[0], 100, 8, 0, can_sleep=False)["enable_sleep_mode"] is False
 
 
-@pytest.mark.parametrize("sequences, expected", [(8, 256), (256, 256), (1000, 1000)])
+@pytest.mark.parametrize("sequences, expected", [(8, 256), (256, 256), (1000, 1008)])
 def test_as_many_sequences_are_in_flight_as_are_sampled_at_once(gpu, sequences, expected):
     settings = engine_settings(gpu[0], 100, sequences, 0, can_sleep=True)
     assert settings["max_num_seqs"] == settings["max_cudagraph_capture_size"] == expected
@@ -79,9 +81,9 @@ def test_the_cache_is_no_larger_than_the_run_can_use(gpu):
     model, _ = gpu
     config = AutoConfig.from_pretrained(model)
     settings = engine_settings(model, 100, 300, 0, can_sleep=True)
-    assert settings["kv_cache_memory_bytes"] == cache_bytes(config, 300 * 116)
+    assert settings["kv_cache_memory_bytes"] == cache_bytes(config, 304 * 116)
     # what would be more than half of the room is left to vLLM, which measures what it can have
-    tokens = int(0.95 * 60 * GIB / 2 / cache_bytes(config, 1) / 300) - 16
+    tokens = int(0.95 * 60 * GIB / 2 / cache_bytes(config, 1) / 304) - 17
     assert "kv_cache_memory_bytes" in engine_settings(model, tokens, 300, 0, can_sleep=True)
     assert "kv_cache_memory_bytes" not in engine_settings(model, tokens + 9, 300, 0, can_sleep=True)
 
@@ -97,6 +99,111 @@ def test_a_tokens_keys_and_values_are_counted_in_all_layers():
     assert cache_bytes(config, 7) == 7 * 2 * 5 * 2 * (96 // 6) * 2
     config.head_dim = 32
     assert cache_bytes(config, 1, bytes_a_number=4) == 2 * 5 * 2 * 32 * 4
+
+
+REAL_CONFIG = """
+import json, sys
+from unittest import mock
+
+import torch
+
+for missing in ("vllm._C_stable_libtorch", "vllm._moe_C_stable_libtorch"):  # not in the CPU build
+    sys.modules[missing] = mock.MagicMock()
+from vllm import platforms
+from vllm.platforms.cuda import NonNvmlCudaPlatform
+from vllm.platforms.interface import DeviceCapability
+
+
+class H100(NonNvmlCudaPlatform):
+    get_device_capability = classmethod(lambda cls, device_id=0: DeviceCapability(9, 0))
+    get_device_name = classmethod(lambda cls, device_id=0: "NVIDIA H100 80GB HBM3")
+    get_device_total_memory = classmethod(lambda cls, device_id=0: 80 * 2**30)
+    num_compute_units = classmethod(lambda cls, device_id=0: 132)
+    is_cumem_allocator_available = lambda self: True
+
+
+platforms._current_platform = H100()
+import vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.usage.usage_lib import UsageContext
+
+import drgrpo
+from support import guards
+
+GIB = 2**30
+torch.cuda.is_available, torch.cuda.mem_get_info = lambda: True, lambda: (60 * GIB, 80 * GIB)
+torch.zeros, drgrpo.dist.all_reduce = mock.Mock(), mock.Mock()
+guards.eos_ids = lambda llm: {0}
+with mock.patch.object(vllm, "LLM") as llm:
+    drgrpo.Sampler(sys.argv[1], 136, 7, dtype="bfloat16", sequences=1000, can_sleep=True)
+arguments = llm.call_args.kwargs | {"model": llm.call_args.args[0]}
+config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
+print(json.dumps({
+    "dtype": str(config.model_config.dtype),
+    "head": str(config.model_config.head_dtype),
+    "sleeps": config.model_config.enable_sleep_mode,
+    "logprobs": config.model_config.logprobs_mode,
+    "longest": config.model_config.max_model_len,
+    "seed": config.model_config.seed,
+    "sequences": config.scheduler_config.max_num_seqs,
+    "graphs": config.compilation_config.cudagraph_capture_sizes[-1],
+    "eager": config.model_config.enforce_eager,
+    "share": config.cache_config.gpu_memory_utilization,
+    "worker": config.parallel_config.worker_cls,
+    "processes": config.parallel_config.distributed_executor_backend,
+}))
+"""
+
+
+@pytest.mark.slow
+def test_vllm_makes_of_our_settings_what_is_meant_on_a_gpu(toy, tmp_path):
+    """vLLM's own configuration, built on a platform that says it is an H100."""
+    (tmp_path / "config.py").write_text(REAL_CONFIG)
+    found = json.loads(launch(1, tmp_path / "config.py", toy / "model").splitlines()[-1])
+    assert found.pop("share") == pytest.approx(0.95 * 60 / 80)
+    assert found == {
+        "dtype": "torch.bfloat16",
+        "head": "torch.float32",
+        "sleeps": True,
+        "logprobs": "processed_logprobs",
+        "longest": 136,
+        "seed": 7,
+        "sequences": 1008,
+        "graphs": 1008,
+        "eager": False,
+        "worker": "vllm.v1.worker.gpu_worker.Worker",
+        "processes": "external_launcher",
+    }
+
+
+def test_vllm_sleeps_and_wakes_in_the_order_in_which_we_ask(engine, monkeypatch):
+    """All of vLLM but the worker, which cannot sleep on a CPU and only notes what it is asked."""
+    sampler, policy, _ = engine
+    executor = sampler.llm.llm_engine.engine_core.engine_core.model_executor
+    real, calls = executor.collective_rpc, []
+
+    def noting(method, *arguments, **settings):
+        given = settings.get("kwargs") or {}
+        calls.append((method, given.get("level") or given.get("tags")))
+        if method in ("sleep", "wake_up"):
+            return [None]
+        return real(method, *arguments, **settings)
+
+    monkeypatch.setattr(executor, "collective_rpc", noting)
+    monkeypatch.setattr(drgrpo, "CUDA", True)
+    sampler.sleep()
+    assert executor.is_sleeping
+    sampler.wake(policy)
+    assert not executor.is_sleeping
+    assert [call for call in calls if call[0] in ("sleep", "wake_up", "reload_weights")] == [
+        ("sleep", 2),
+        ("wake_up", ["weights"]),
+        ("reload_weights", None),
+        ("wake_up", ["kv_cache"]),
+    ]
+    problem = Problem("", LONG[:20], ["1"])
+    ((response,),) = sampler.generate([problem], [0], 1, 5, 1.0, ())  # it schedules again
+    assert response.response_ids
 
 
 # ------------------------------------------------------------------------------------- drivers
