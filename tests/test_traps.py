@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import drgrpo
+from benchmarks.traps import TRAPS
 from drgrpo import collate, token_logprobs
 from support.data import Problem
 from support.grader import answers_match
@@ -111,3 +112,14 @@ def test_an_answer_is_never_run_as_code(tmp_path, monkeypatch, code):
 def test_the_denominator_holds_no_prompt():
     longer = replace(TOY, max_prompt_tokens=10 * TOY.max_prompt_tokens)
     assert longer.denominator == TOY.denominator
+
+
+def test_every_trap_can_be_put_back():
+    """benchmarks/traps.py knows every row of the page, and its edits still fit the code."""
+    rows = [row[0] for row in rows_of_the_table()]
+    assert len(TRAPS) == len(rows)
+    for trap, row in zip(TRAPS, rows, strict=True):
+        assert row.startswith(trap.begins)
+        for name, old, new in trap.edits:
+            assert (ROOT / name).read_text().count(old) == 1, (trap.begins, old)
+            assert old != new
