@@ -16,24 +16,25 @@ over the N responses of an optimizer step, of |o_i| tokens each. Two of its divi
      by its own length, a long wrong response would be punished less per token than a short one,
      and wrong responses would grow.
   3. Nothing else: no critic, no KL term, no entropy bonus.
-  4. By default each token's term is also multiplied by min(trainer / sampler probability, tis_cap),
-     a constant for the gradient: a truncated importance weight, because the sampler computes in
-     another way than the trainer.
+  4. By default each token's term is also multiplied by min(p_old / p_sampler, tis_cap): how
+     probable the token is with the same weights, as the trainer and as vLLM compute it. This is
+     a truncated importance weight (TIS). No gradient flows through it.
 
-The expected gradient of a round's first update is then that of the expected reward, times
-(G-1)/(G * L_max): test_drgrpo.py enumerates every group of a tiny policy to see it. What keeps it
-so, and is tested: N * L_max is fixed before micro-batches are formed and counts the responses of
-all ranks, so that nothing that saves memory changes the gradient; EOS is an action like any other;
-the ids that are trained are those that were sampled, under the distribution they were sampled
-from; each step measures how far the sampler's log-probs are from the trainer's. A round's later
-updates are off-policy: the clip and the importance weights bound that bias, they do not remove it.
+Where sampler and trainer agree, the expected gradient of a round's first update is that of the
+expected reward, times (G-1)/(G * L_max): test_drgrpo.py enumerates every group of a tiny policy to
+see it. These rules keep it so, and are tested. N * L_max is fixed before micro-batches are formed
+and counts the responses of all ranks, so nothing that saves memory changes the gradient. EOS is an
+action like any other. Exactly the sampled token ids are trained, at the temperature of sampling.
+Each step measures how far the sampler's log-probs are from the trainer's. A round's later updates
+are off-policy: the clip limits that bias, it does not remove it.
 
     python drgrpo.py toy                               # minutes on two CPU cores
     torchrun --nproc-per-node 8 drgrpo.py math-7b      # the paper's 7B run on one 8-GPU node
 
 Words: a round is one sampling of P*G responses and the learning from them, and `step` is its
 number; an update is one optimizer step. Shapes: P prompts a round, G responses to each, N
-responses of an update, B rows of T tokens. Not a framework: copy this file and change it.
+responses of an update, B rows of T tokens, and T-1 log-probs, because the first token has none.
+Not a framework: copy this file and change it.
 """
 
 import gc
@@ -100,17 +101,16 @@ class Config:
     split: str = "train"  # the dataset's split
     problem_column: str = "problem"  # the column with the problem's text
     answer_column: str = "answer"  # the column with the right answer, or a list of right ones
-    answer_marker: str | None = (
-        None  # the answer is what follows the last of these: "####" in GSM8K
-    )
+    # the answer is the text after the last of these markers: "####" in GSM8K
+    answer_marker: str | None = None
     levels: tuple[int, ...] = ()  # keep only rows whose column `level` is one of these; () is all
     template: str = "qwen_math"  # how a problem becomes a prompt, and where the answer stands
     reward: str = "math"  # or FILE.py:FUNCTION, called as FUNCTION(response, row) -> float
-    truncated_reward: float = 0.0  # of a response that reaches max_response_tokens
+    truncated_reward: float = 0.0  # of a response that did not end within max_response_tokens
     eval_dataset: str | None = None  # scored before and after training and every eval_every steps
-    eval_split: str = "test"  # its columns are those of the dataset
+    eval_split: str = "test"  # its columns are named as those of `dataset`
     eval_every: int = 16  # steps from one evaluation and saved model to the next
-    save_every: int | None = None  # steps from one state to resume from to the next; eval_every
+    save_every: int | None = None  # steps between states to resume from; None: as eval_every
     seed: int = 0  # of the order of the problems and of every draw
 
     steps: int = 300  # rounds of sampling and learning
@@ -118,7 +118,7 @@ class Config:
     samples_per_prompt: int = 8  # G, responses to each of them
     responses_per_update: int = 128  # N, of one optimizer step; P*G must be a multiple of it
     max_prompt_tokens: int = 1024  # problems with longer prompts are dropped and counted
-    max_response_tokens: int = 3000  # L_max: a response that reaches it is truncated
+    max_response_tokens: int = 3000  # L_max: a response that has not ended then is truncated
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
     top_p: float = 1.0  # must be 1: a cut distribution is not the one that is trained
 
@@ -145,8 +145,8 @@ class Config:
         wrong = []
         for key, value in vars(self).items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            may_be_zero = key in ("seed", "truncated_reward")
-            if is_number and not may_be_zero and not value > 0:
+            any_sign = key in ("seed", "truncated_reward")
+            if is_number and not any_sign and not value > 0:
                 wrong.append(f"{key} must be above 0")
         if Path(self.name).name != self.name or self.name in ("", ".."):
             wrong.append(f"name {self.name!r} must be the name of a folder in runs, not a path")
@@ -218,15 +218,15 @@ def drgrpo_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate, summed over tokens and divided by one constant.
 
-    logprobs, old_logprobs, response_mask, importance_weights: (B, T); advantages: (B,).
+    logprobs, old_logprobs, response_mask, importance_weights: (B, T-1); advantages: (B,).
     `denominator` is N * L_max of the whole update (N for `divide_by_length`), never a number taken
     from this micro-batch: the losses of micro-batches then add up to the loss of the update.
-    `importance_weights` are constants for the gradient. Returns the scalar loss and sums over
-    this batch's response tokens: tokens, clipped, kl (k3 estimate of KL(old || new)). Raises
-    ValueError if a shape is another or the denominator is not above 0.
+    `importance_weights` are constants for the gradient. Returns the scalar loss, and sums over
+    this batch's response tokens that are only reported: tokens, clipped, kl (k3 estimate of
+    KL(old || new)). Raises ValueError if a shape is another or the denominator is not above 0.
     """
     if not logprobs.shape == old_logprobs.shape == response_mask.shape:
-        raise ValueError("logprobs, old_logprobs and response_mask must have one shape (B, T)")
+        raise ValueError("logprobs, old_logprobs and response_mask must have one shape")
     if advantages.shape != logprobs.shape[:1] or not denominator > 0:
         raise ValueError("advantages must be (B,), and denominator above 0")
     mask = response_mask.bool()
@@ -235,7 +235,7 @@ def drgrpo_loss(
     advantage = advantages[:, None]  # (B, 1)
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    token_loss = torch.maximum(unclipped, clipped)  # (B, T)
+    token_loss = torch.maximum(unclipped, clipped)  # (B, T-1)
     if importance_weights is not None:
         token_loss = token_loss * importance_weights.detach()
     response_loss = torch.where(mask, token_loss, 0.0).sum(dim=1)  # (B,)
@@ -296,7 +296,7 @@ def train(
         if run.first_step > 0:  # the engine still has the base model's weights
             sampler.sleep()
             sampler.wake(policy)
-        for step in run.bar:
+        for step in run.bar:  # the last one only evaluates and saves
             metrics: dict[str, float | None] = {}
             rollouts: list[Rollout] = []
             if step % config.eval_every == 0 or step == config.steps:
@@ -329,9 +329,9 @@ def train(
 class Rollout:
     """One response, and all that learning needs to know of it."""
 
-    problem: int  # index into the problems
+    problem: int  # index into the problems that `sample` or `generate` was given
     prompt_ids: list[int]
-    response_ids: list[int]  # as sampled: ends in EOS unless stopped by length or a stop string
+    response_ids: list[int]  # as sampled, with EOS or the stop string if it ended by one
     sampler_logprobs: list[float]  # of the response's tokens, at the sampling temperature
     text: str = ""
     finish_reason: str = ""  # "stop", or "length" for a truncated response
@@ -348,10 +348,10 @@ class Sampler:
     """vLLM in this process, one engine a rank, on the GPU that the policy trains on.
 
     `context` is the longest prompt plus response, in tokens. Token ids go in and come out.
-    `tensor_parallel` consecutive ranks share one model and must get the same prompts. The engine
-    takes what memory is free now, but for a margin and `reserve` bytes, and no more than
-    `sequences` at once can use. Only one with `can_sleep` can hand it back. Raises ValueError if
-    nothing is left for it.
+    `tensor_parallel` consecutive ranks share one model and must get the same prompts.
+    `sequences`: responses sampled at once. The engine takes the memory that is free now, but for
+    `reserve` bytes and a margin (support/engine.py). Only a Sampler made with `can_sleep` can
+    give it back. Raises ValueError if there is too little.
     """
 
     def __init__(
@@ -372,7 +372,7 @@ class Sampler:
         self.llm = LLM(
             model,
             dtype=self.dtype,
-            # Logits are not rounded to bf16, as in HeadLogprobs
+            # Logits in fp32, not rounded to bf16: so does the trainer (support/logprobs.py)
             hf_overrides={"head_dtype": "float32"},
             max_model_len=context,
             seed=seed,
@@ -431,6 +431,7 @@ class Sampler:
                         problems[place].prompt_ids,
                         list(response.token_ids),
                         list(response.logprobs.logprobs),
+                        # without stop strings vLLM decodes nothing
                         response.text or decode(response.token_ids, skip_special_tokens=True),
                         response.finish_reason,
                     )
@@ -461,6 +462,7 @@ class Sampler:
         self.llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True}
         )
+        guards.refuse_rest(weights)
         if CUDA:
             torch.cuda.empty_cache()  # what gathering left behind, before the cache is allocated
             self.llm.wake_up(tags=["kv_cache"])
@@ -542,7 +544,7 @@ def score(
     lowest = min(rollout.reward for rollout in rollouts)
     guards.warn_if_truncation_pays(lowest, config.truncated_reward)
     rewards = torch.tensor([rollout.reward for rollout in rollouts]).view(-1, n)  # (P, G)
-    advantages = group_advantages(rewards, config.divide_by_std).flatten().tolist()
+    advantages = group_advantages(rewards, config.divide_by_std and n > 1).flatten().tolist()
     return [replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
 
 
@@ -551,16 +553,16 @@ def score_held_out(
 ) -> dict[str, float | None]:
     """Metrics eval_... of one greedy response to each held-out problem.
 
-    `eval_accuracy` is the share of right ones. Unlike in training, a right answer in a truncated
-    response counts there, as in the paper and in eval.py.
+    `eval_accuracy` is the share of right ones. A right answer in a truncated response counts in it,
+    as in the paper and in eval.py; in the reward it does not.
     """
     if not problems:
         return {}
     seconds: dict[str, float] = {}
     everyone = list(range(len(problems)))
+    unused = [0] * len(problems)  # greedy sampling draws nothing
     with timed(seconds, "eval"):
-        # Greedy sampling draws nothing, so the seeds do not matter
-        rollouts = sample(sampler, grader, problems, everyone, everyone, 1, 0.0, config)
+        rollouts = sample(sampler, grader, problems, everyone, unused, 1, 0.0, config)
         rollouts = score(grader, problems, rollouts, 1, config)
     metrics = {f"eval_{key}": value for key, value in summarize(rollouts, 1).items()}
     return metrics | seconds
@@ -618,7 +620,7 @@ def micro_batches(
 
     All ranks get equally many, since every rank must take part in every collective operation, and
     alike work: from the longest on, each rollout goes where the fewest tokens are. There are as
-    few micro-batches as that allows. A rollout above the budget is alone.
+    few micro-batches as this way of dealing allows. A rollout above the budget is alone.
     """
     rows = sorted(rollouts, key=len, reverse=True)
     total = sum(len(row) for row in rows)
@@ -662,7 +664,7 @@ def split_updates(
 class Policy(torch.nn.Module):
     """A causal language model whose forward returns log-probs of response tokens.
 
-    FSDP gathers the head's weights around this forward only, so it must be the one that is called.
+    Call policy(...), never policy.model(...): FSDP gathers the head's weights around this forward.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -679,7 +681,10 @@ class Policy(torch.nn.Module):
 def make_policy(config: Config) -> Policy:
     """The policy in FSDP2 shards: fp32 master weights, computing in the run's dtype."""
     model = AutoModelForCausalLM.from_pretrained(
-        config.model, dtype="auto", attn_implementation="packed", use_safetensors=True
+        config.model,
+        dtype="auto",
+        attn_implementation="packed",  # of support/logprobs.py
+        use_safetensors=True,
     ).train()
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -711,7 +716,7 @@ def start(config: Config) -> tuple[Policy, torch.optim.Optimizer, Sampler, Grade
     sampler = Sampler(
         config.model,
         config.max_prompt_tokens + config.max_response_tokens,
-        derive_seed("engine", config.seed, dist.get_rank()) % 2**32,
+        config.seed,
         reserve=0 if config.offload else 2 * shards,  # Adam's moments, which are not there yet
         dtype=config.dtype,
         sequences=prompts * config.samples_per_prompt,
@@ -732,11 +737,11 @@ def forward_backward(policy, batch: MicroBatch, config: Config) -> dict[str, tor
     old_logprobs = batch.old_logprobs
     if old_logprobs is None:  # in the round's first update the policy still is the old policy
         old_logprobs = logprobs.detach()
-    difference = old_logprobs - batch.sampler_logprobs  # both are 0 outside the response
+    log_importance = old_logprobs - batch.sampler_logprobs  # both are 0 outside the response
     tis_capped, importance_weights = torch.zeros(()), None
     if config.tis_cap is not None:
-        importance_ratio = difference.exp()
-        tis_capped = (importance_ratio > config.tis_cap).sum()
+        importance_ratio = log_importance.exp()
+        tis_capped = ((importance_ratio > config.tis_cap) * batch.response_mask).sum()
         importance_weights = importance_ratio.clamp(max=config.tis_cap)
     loss, sums = drgrpo_loss(
         logprobs,
@@ -754,7 +759,7 @@ def forward_backward(policy, batch: MicroBatch, config: Config) -> dict[str, tor
     (loss * dist.get_world_size()).backward()
     return sums | {
         "loss": loss.detach(),
-        "gap": difference.abs().sum(),
+        "gap": log_importance.abs().sum(),
         "tis_capped": tis_capped,
     }
 

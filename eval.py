@@ -27,7 +27,7 @@ from tqdm import tqdm
 from drgrpo import CUDA, DTYPE, Dtype, Rollout, Sampler
 from support.checkpoint import weights_fingerprint
 from support.data import Problem, derive_seed, load_problems, load_tokenizer
-from support.engine import refuse_old_driver
+from support.engine import refuse_unusable_gpu
 from support.grader import TIMEOUT, Grader, Verdict, check_reward, refuse_broken_reward
 from support.metrics import append_rows, markdown, mean, number, read_rows, versions, write_rows
 from support.ranks import from_all_ranks, from_rank_0, start_ranks
@@ -534,7 +534,7 @@ def refuse_wrong_settings(config: EvalConfig) -> None:
 
 def prepare_cells(config: EvalConfig) -> list[Cell]:
     """All that can go wrong before a model loads. Raises ValueError that says what to do."""
-    refuse_old_driver()
+    refuse_unusable_gpu()
     refuse_wrong_settings(config)
     cells = []
     shared: dict = {"versions": versions(), "reward_function": config.reward}

@@ -7,7 +7,7 @@ All settings of drgrpo.py work here, too. Sizes follow from the model's config a
 memory and network from formulas that are written next to each part, the activations of a layer
 from running one without data. Hours come from tokens per second that benchmarks/step.py measured
 and wrote to benchmarks/measured.jsonl; beside them stands a range that is only reckoned, from
-assumptions that the report names.
+assumptions that the report names. (The toy's model is made if it is not there: a minute.)
 """
 
 import json
@@ -29,8 +29,10 @@ from support.metrics import markdown
 from toy import make_toy
 
 MEASURED = Path(__file__).with_name("benchmarks") / "measured.jsonl"
-MEAN_SHARE = 700 / 3000  # mean response over the limit, in the mix of benchmarks/shapes.py
-FEW_AND_MANY = (0.15, 0.35)  # the same of a model that answers briefly, or at length: assumed
+# The mean length of a response, as a share of the limit: in the mix of benchmarks/shapes.py, and of
+# models that answer briefly or at length (assumed)
+MEAN_SHARE = 700 / 3000
+BRIEF_LONG = (0.15, 0.35)
 GPU_SIZES = (24, 40, 80, 141)  # GB
 GB = 1e9
 
@@ -53,16 +55,17 @@ class PlanConfig(Config):
 
     @property
     def ranks(self) -> int:
+        """GPUs of the whole run."""
         return self.gpus * self.nodes
 
     @property
     def responses(self) -> int:
-        """Of a round."""
+        """Responses of a round."""
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def updates(self) -> int:
-        """Of a round."""
+        """Updates of a round."""
         return self.responses // self.responses_per_update
 
     @property
@@ -70,8 +73,8 @@ class PlanConfig(Config):
         return self.max_prompt_tokens + self.max_response_tokens
 
     @property
-    def number(self) -> int:
-        """Bytes of a number in the dtype of computing."""
+    def bytes_per_number(self) -> int:
+        """In the dtype of computing."""
         return 2 if self.dtype == "bfloat16" else 4
 
 
@@ -80,13 +83,13 @@ class Workload:
     """Numbers of tokens, on average."""
 
     prompt: float  # of a prompt
-    share: float = MEAN_SHARE  # mean response over the limit
+    share: float = MEAN_SHARE  # mean length of a response, as a share of the limit
 
     def response(self, config: PlanConfig) -> float:
         return config.max_response_tokens * self.share
 
     def micro_batches(self, config: PlanConfig) -> int:
-        """Of an update on each GPU."""
+        """Micro-batches of an update on each GPU."""
         tokens = config.responses_per_update * (self.prompt + self.response(config))
         return math.ceil(tokens / config.ranks / config.tokens_per_microbatch)
 
@@ -178,14 +181,14 @@ def meta_model(name: str, dtype: str = "bfloat16") -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(name),
             dtype=getattr(torch, dtype),
-            attn_implementation="only what is kept",
+            attn_implementation="only shapes",
         )
 
 
 # ------------------------------------------------------------------------------------- memory
 
 
-class OnlyWhatIsKept(torch.autograd.Function):
+class OnlyShapes(torch.autograd.Function):
     """Attention on no data: keeps for its backward pass what the kernel for GPUs keeps."""
 
     @staticmethod
@@ -196,11 +199,11 @@ class OnlyWhatIsKept(torch.autograd.Function):
         return out
 
 
-def only_what_is_kept(module, query, key, value, attention_mask, **others):
-    return OnlyWhatIsKept.apply(query, key, value), None
+def only_shapes(module, query, key, value, attention_mask, **others):
+    return OnlyShapes.apply(query, key, value), None
 
 
-AttentionInterface.register("only what is kept", only_what_is_kept)
+AttentionInterface.register("only shapes", only_shapes)
 
 
 def layer_activations(model: torch.nn.Module) -> int:
@@ -224,12 +227,12 @@ def layer_activations(model: torch.nn.Module) -> int:
 
 def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: int) -> list[tuple]:
     """(part, bytes, how) of the policy on one GPU: FSDP2 within a node, fp32 master weights."""
-    weights, number = Weights(model), config.number
+    weights, number = Weights(model), config.bytes_per_number  # 2 in bf16
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     tokens = max(config.tokens_per_microbatch, config.context)
     inside = layer_activations(model)
     on_gpu = 0 if config.offload else 1
-    shards = config.gpus if micro_batches == 1 else 1  # in which unreduced gradients are held
+    holders = config.gpus if micro_batches == 1 else 1  # GPUs that share the gradients
     whole = number * (weights.rest + 2 * weights.layer)
     if config.activation_checkpointing:
         kept, how = layers * number * width + inside, "inputs of all layers and the inside of one"
@@ -240,7 +243,7 @@ def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: in
         ("Adam's moments", on_gpu * 8 * weights.all / config.gpus, "8 B a weight, over a node"),
         (
             "gradients",
-            on_gpu * 4 * weights.all / shards,
+            on_gpu * 4 * weights.all / holders,
             "4 B a weight: all of them until the last micro-batch, if there are several",
         ),
         ("gathered weights", whole, f"{number} B: embedding, head and two layers"),
@@ -261,12 +264,12 @@ def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: in
 
 def sampler_memory(config: PlanConfig, model: torch.nn.Module, parts: list[tuple]) -> list[str]:
     """Which GPUs it fits on, and how much of vLLM's cache does."""
-    weights, per_token = Weights(model), cache_bytes(model.config, 1, config.number)
+    weights, per_token = Weights(model), cache_bytes(model.config, 1, config.bytes_per_number)
     learning = sum(size for _, size, _ in parts)
     masters, moments = parts[0][1], parts[1][1]
     prompts = math.ceil(config.prompts_per_step / config.ranks)
     sequences = max(FEWEST_SEQUENCES, prompts * config.samples_per_prompt)
-    engine = config.number * weights.all
+    engine = config.bytes_per_number * weights.all
     buffer = 4 * sequences * model.config.vocab_size
     wanted = sequences * (config.context + BLOCK) * per_token
     rows = []
@@ -290,8 +293,8 @@ def sampler_memory(config: PlanConfig, model: torch.nn.Module, parts: list[tuple
 
 
 def disk(weights: int) -> str:
-    """What a run's folder needs. Two states and two exports are kept, and a third of each is there
-    while it is written."""
+    """What a run's folder needs: two states and two exports, and one more of each while it is
+    being written."""
     state = 12 * weights  # fp32 weights and Adam's two moments
     export = 2 * weights  # bf16
     return (
@@ -309,8 +312,8 @@ def network(config: PlanConfig, weights: Weights, micro_batches: int) -> list[st
         return ["network    nothing: there is one GPU"]
     others = (config.gpus - 1) / config.gpus
     # Layers are gathered for the forward and for the backward pass, the root group once
-    a_pass = config.number * weights.all * others
-    for_gradient = config.number * (2 * weights.layers + weights.rest) * others
+    a_pass = config.bytes_per_number * weights.all * others
+    for_gradient = config.bytes_per_number * (2 * weights.layers + weights.rest) * others
     old_logprobs = (1 - 1 / config.updates) * a_pass
     gathered = micro_batches * (for_gradient + old_logprobs)
     reductions = micro_batches if config.offload else 1
@@ -341,19 +344,19 @@ def hours(config: PlanConfig, weights: int, prompt: float) -> Iterator[str]:
         found = True
         few, usual, many = (
             measured_seconds(config, Workload(prompt, share), row, ratio)
-            for share in (FEW_AND_MANY[0], MEAN_SHARE, FEW_AND_MANY[1])
+            for share in (BRIEF_LONG[0], MEAN_SHARE, BRIEF_LONG[1])
         )
         in_hours = [config.steps * sum(seconds) / 3600 for seconds in (few, usual, many)]
         yield (
             f"hours      {in_hours[1]:,.2f} on {config.ranks} x {row['device']} "
-            f"({in_hours[0]:,.2f} to {in_hours[2]:,.2f} for responses of {FEW_AND_MANY[0]:.0%} to "
-            f"{FEW_AND_MANY[1]:.0%} of the limit): a step samples for {usual[0]:.1f} s and learns "
+            f"({in_hours[0]:,.2f} to {in_hours[2]:,.2f} for responses of {BRIEF_LONG[0]:.0%} to "
+            f"{BRIEF_LONG[1]:.0%} of the limit): a step samples for {usual[0]:.1f} s and learns "
             f"for {usual[1]:.1f} s, without evaluations; from {row['sample_tokens_per_s']:,.0f} "
             f"and {row['update_tokens_per_s']:,.0f} tokens/s of `{row['command']}`, {row['date']}, "
             f"torch {row['versions']['torch']}"
             + ("" if 0.99 < ratio < 1.01 else f", scaled by {ratio:.2f} in parameters")
         )
-    if not any("cpu" not in row["device"].lower() for row in rows):
+    if all("cpu" in row["device"].lower() for row in rows):
         yield (
             "hours      on a GPU: not yet measured on a GPU. `python benchmarks/step.py --save "
             "--shape 1.5b --prompts 16 --activation-checkpointing` (or 0.5b, 7b) on yours adds its "
@@ -369,7 +372,7 @@ def hours(config: PlanConfig, weights: int, prompt: float) -> Iterator[str]:
 def measured_seconds(
     config: PlanConfig, work: Workload, row: dict, ratio: float
 ) -> tuple[float, float, float]:
-    """Of a step: to sample, to learn, and for the rest; `row` is what step.py measured."""
+    """Seconds of a step: to sample, to learn, and the rest; `row` is what step.py measured."""
     scale = ratio * row["ranks"] / config.ranks  # its tokens/s are those of all its ranks
     response = work.response(config)
     sampling = config.responses * response / row["sample_tokens_per_s"] * scale
@@ -396,7 +399,7 @@ def reckoned_hours(config: PlanConfig, model: torch.nn.Module, prompt: float) ->
     """
     weights, c = Weights(model), model.config
     ends = []
-    for share, mfu, overhead in zip(FEW_AND_MANY, reversed(MFU), OVERHEAD, strict=True):
+    for share, mfu, overhead in zip(BRIEF_LONG, reversed(MFU), OVERHEAD, strict=True):
         work = Workload(prompt, share)
         response = work.response(config)
         length = prompt + response
@@ -406,15 +409,15 @@ def reckoned_hours(config: PlanConfig, model: torch.nn.Module, prompt: float) ->
         flops = passes(config) * config.responses * forward
         learning = flops / (config.ranks * config.gpu_tflops * 1e12 * mfu)
         tokens_to_read = config.responses / config.ranks * (prompt + response / 2)
-        in_all_steps = config.max_response_tokens * (config.number * weights.all / GB)
+        gb_read = config.max_response_tokens * (config.bytes_per_number * weights.all / GB)
         # each response is read while it lasts, which is a share of the steps
-        in_all_steps += response * cache_bytes(c, 1, config.number) * tokens_to_read / GB
-        sampling = in_all_steps / config.gpu_gb_s + config.max_response_tokens * overhead
+        gb_read += response * cache_bytes(c, 1, config.bytes_per_number) * tokens_to_read / GB
+        sampling = gb_read / config.gpu_gb_s + config.max_response_tokens * overhead
         ends.append(config.steps * (sampling + learning) / 3600)
     return (
         f"hours      {ends[0]:,.1f} to {ends[1]:,.1f} on {config.ranks} GPU(s), reckoned and not "
         f"measured, without evaluations: {config.gpu_tflops:g} TFLOPS and {config.gpu_gb_s:g} GB/s "
-        f"a GPU; assumed are responses of {FEW_AND_MANY[0]:.0%} to {FEW_AND_MANY[1]:.0%} of the "
+        f"a GPU; assumed are responses of {BRIEF_LONG[0]:.0%} to {BRIEF_LONG[1]:.0%} of the "
         f"limit, a learner at {MFU[1]:.0%} to {MFU[0]:.0%} of the peak (with what it computes "
         f"again), and {1000 * OVERHEAD[0]:g} to {1000 * OVERHEAD[1]:g} ms an engine step beside "
         "reading its memory"

@@ -956,20 +956,6 @@ def test_every_step_and_every_prompt_has_a_draw_of_its_own(fake_run):
     assert not others & {seed for seeds in first for seed in seeds}
 
 
-def test_the_engines_of_two_ranks_draw_from_different_seeds(ranks, toy, monkeypatch):
-    monkeypatch.setattr(drgrpo, "start_ranks", lambda training: None)
-    monkeypatch.setattr(drgrpo, "check_shared_folder", lambda folder: None)
-    policy = make_policy(TOY)
-    monkeypatch.setattr(drgrpo, "make_policy", lambda config: policy)
-    monkeypatch.setattr(drgrpo, "Sampler", lambda model, context, seed, **others: seed)
-    monkeypatch.setattr(drgrpo, "Grader", mock.Mock())
-    seeds = set()
-    for rank, seed in itertools.product(range(3), range(3)):
-        monkeypatch.setattr(drgrpo.dist, "get_rank", lambda rank=rank: rank)
-        seeds.add(drgrpo.start(replace(TOY, seed=seed))[2])
-    assert len(seeds) == 9 and all(0 <= seed < 2**32 for seed in seeds)
-
-
 def test_a_policy_can_be_trained_with_a_reward_of_ones_own(fake_run, rewards, tmp_path):
     reward = f"{rewards}:short"
     fake_run(reward=reward, truncated_reward=-1.0, held_out=ONE_PROBLEM, eval_every=1)

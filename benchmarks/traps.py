@@ -125,8 +125,8 @@ TRAPS = [
     trap(
         "Importance weights of whole sequences",
         SCRIPT,
-        "importance_ratio = difference.exp()",
-        "importance_ratio = difference.sum(1, keepdim=True).expand_as(difference).exp()",
+        "importance_ratio = log_importance.exp()",
+        "importance_ratio = log_importance.sum(1, keepdim=True).expand_as(log_importance).exp()",
     ),
     trap(
         "Ranks with different numbers",

@@ -16,10 +16,11 @@ BLOCK = 16  # tokens of vLLM's cache that belong together
 FEWEST_SEQUENCES = 256  # that an engine can have in flight
 
 
-def refuse_old_driver() -> None:
-    """Raise ValueError where there is an NVIDIA GPU that torch cannot use.
+def refuse_unusable_gpu() -> None:
+    """Raise ValueError where vLLM's CUDA build is installed and torch cannot use a GPU.
 
-    torch then takes the machine for one without a GPU, and vLLM's CUDA build fails much later.
+    Either the GPU's driver is too old, or there is none. torch then takes the machine for one
+    without a GPU, and vLLM would fail much later.
     """
     built_for_gpus = "vllm" in {d.name for d in importlib.metadata.distributions()}
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
@@ -57,10 +58,11 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_a_number: int = 2) 
 def engine_settings(
     model: str, context: int, sequences: int, reserve: int, can_sleep: bool
 ) -> dict[str, int | float | bool]:
-    """Arguments of vLLM's LLM that depend on the machine: the GPU's memory that is free now.
+    """Arguments of vLLM's LLM that depend on the machine. On a CPU they are always the same.
 
     context: tokens of the longest prompt plus response; sequences: how many are sampled at once;
-    reserve: bytes that must stay free. Raises ValueError if nothing is left for the engine.
+    reserve: bytes of the GPU that must stay free. Raises ValueError if nothing is left for the
+    engine.
     """
     if not torch.cuda.is_available():
         return {
@@ -76,15 +78,18 @@ def engine_settings(
     room = 0.95 * free - reserve
     if room <= 0:
         raise ValueError(f"no room for vLLM beside {model}: --offload, or more GPUs")
-    sequences = BLOCK * math.ceil(max(sequences, FEWEST_SEQUENCES) / BLOCK)  # as CUDA graphs have
+    sequences = BLOCK * math.ceil(
+        max(sequences, FEWEST_SEQUENCES) / BLOCK
+    )  # CUDA graphs: sizes of 16
     settings = {
         "gpu_memory_utilization": room / total,
         "enable_sleep_mode": can_sleep,
         "max_num_seqs": sequences,
         "max_cudagraph_capture_size": sequences,
     }
-    # All that the run can ever hold. A small model would else fill the GPU with millions of blocks
-    # that are Python objects.
+    # A small model would fill the GPU with millions of blocks that nobody needs, each of them a
+    # Python object. With this setting vLLM does not measure what it can have, so it is given only
+    # where it is surely small.
     needed = cache_bytes(AutoConfig.from_pretrained(model), sequences * (context + BLOCK))
     if needed < room / 2:
         settings["kv_cache_memory_bytes"] = needed
@@ -94,8 +99,8 @@ def engine_settings(
 def give_threads_back() -> None:
     """Let this rank compute on its share of the machine's cores.
 
-    On a GPU vLLM leaves one thread to the process, and so does torchrun; with `offload` the
-    optimizer runs on them.
+    On a GPU vLLM sets the process to one thread, and so does torchrun. With `offload` AdamW runs
+    on the CPU and needs more.
     """
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))

@@ -63,6 +63,13 @@ def all_sent(
         raise RuntimeError(f"the weights sent to vLLM are not those of the model: {difference}")
 
 
+def refuse_rest(weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Raises RuntimeError if the sampler did not take all the weights."""
+    rest = [name for name, _ in weights]
+    if rest:
+        raise RuntimeError(f"vLLM did not take all weights. Left over: {', '.join(rest)}")
+
+
 def probe(policy: torch.nn.Module) -> torch.Tensor:
     """Some weights of this rank's shards, a copy."""
     policy.reshard()  # after a forward pass without a backward one, some weights are whole

@@ -63,6 +63,8 @@ def summarize(rollouts: list, samples_per_prompt: int) -> dict[str, float | None
         if samples_per_prompt > 1:
             metrics["groups_all_right"] = float(correct.all(axis=1).mean())
             metrics["groups_all_wrong"] = float((~correct).all(axis=1).mean())
+    else:  # a reward of one's own
+        metrics["reward_se"] = float(rewards.mean(axis=1).std() / len(rewards) ** 0.5)
     return metrics
 
 

@@ -29,7 +29,7 @@ from support.checkpoint import (
     weights_fingerprint,
 )
 from support.data import Problem, check_tracker, load_data
-from support.engine import refuse_old_driver
+from support.engine import refuse_unusable_gpu
 from support.grader import check_reward
 from support.metrics import RunLog, headline, versions
 from support.models import check_model
@@ -59,7 +59,7 @@ def prepare(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
     Returns the tokenizer, problems, held-out problems, and counts of dropped rows. Raises
     ValueError that says what to change.
     """
-    refuse_old_driver()
+    refuse_unusable_gpu()
     check_tracker(config.track)
     tokenizer, problems, held_out, dropped = load_data(config)
     check_reward(config.reward, problems[0].row)

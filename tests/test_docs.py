@@ -375,6 +375,8 @@ NOT_RUN = {
     "vllm serve runs/NAME/model": "a server; test_eval_scores_a_saved_model_as_training_did has it",
     "uv pip install *": "installs from an index of vLLM's; the FAQ says that it was not tried",
     "pip install trl==*": "TRL is no requirement",
+    "torchrun * benchmarks/step.py *": "needs 8 GPUs; the same script runs on a CPU with one rank",
+    "python -m pytest -q tests/test_precision.py *": "`make test-all` runs it, with all others",
     "python findings/*.py": "minutes of training; tests/test_findings.py has its committed numbers",
     "python findings/base_models.py --*": "models of the hub; see tests/test_base_models.py",
     "python benchmarks/*.py *": "a measurement; its figures are beside it",

@@ -19,7 +19,7 @@ from support.engine import (
     driver_version,
     engine_settings,
     give_threads_back,
-    refuse_old_driver,
+    refuse_unusable_gpu,
 )
 from tests.helpers import LONG, ROOT, launch, tiny_model
 
@@ -218,7 +218,7 @@ esac
 
 @pytest.fixture
 def cuda_build(monkeypatch):
-    """vLLM's CUDA build, in the eyes of refuse_old_driver."""
+    """vLLM's CUDA build, in the eyes of refuse_unusable_gpu."""
     found = [mock.Mock()]
     found[0].name = "vllm"
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: found)
@@ -237,25 +237,25 @@ def test_a_driver_that_is_too_old_is_named_with_the_one_that_is_needed(
     pretend_gpu(tmp_path, monkeypatch, "550.54.15")
     assert driver_version() == "550.54.15"
     with pytest.raises(ValueError, match="Its driver is 550.54.15; driver 580 or newer is needed"):
-        refuse_old_driver()
+        refuse_unusable_gpu()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # somebody hides the GPU on purpose
-    refuse_old_driver()
+    refuse_unusable_gpu()
 
 
 def test_a_cuda_build_without_a_gpu_is_an_error_that_says_what_to_do(cuda_build, monkeypatch):
     monkeypatch.setattr(support.engine, "driver_version", lambda: None)
     with pytest.raises(ValueError, match="no NVIDIA GPU: remove .venv and run make again"):
-        refuse_old_driver()
+        refuse_unusable_gpu()
 
 
 def test_a_gpu_that_torch_can_use_needs_no_look_at_its_driver(cuda_build, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(support.engine, "driver_version", mock.Mock(side_effect=AssertionError))
-    refuse_old_driver()
+    refuse_unusable_gpu()
 
 
 def test_a_machine_without_a_gpu_is_right_with_the_cpu_build():
-    refuse_old_driver()
+    refuse_unusable_gpu()
 
 
 @pytest.mark.parametrize("driver, code", [("550.54.15", 2), ("580.65.06", 0), ("610.1", 0)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from drgrpo import make_policy
-from support.guards import PATIENCE, Warner, all_sent, probe, refuse_gap
+from support.guards import PATIENCE, Warner, all_sent, probe, refuse_gap, refuse_rest
 from tests.helpers import TOY
 
 HEALTHY = {
@@ -94,6 +94,14 @@ def test_all_weights_of_the_model_are_sent_and_no_other():
     ):
         with pytest.raises(RuntimeError, match=f"not those of the model: {named}$"):
             list(all_sent(iter(weights.items()), expected))
+
+
+def test_weights_that_the_sampler_left_over_are_named():
+    weights = iter([(name, torch.zeros(1)) for name in ("a", "b", "c")])
+    next(weights)
+    with pytest.raises(RuntimeError, match="did not take all weights. Left over: b, c"):
+        refuse_rest(weights)
+    refuse_rest(weights)
 
 
 def test_the_probe_sees_an_update_of_each_tensor(ranks, toy):

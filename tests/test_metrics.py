@@ -96,6 +96,10 @@ def test_what_needs_groups_or_verdicts_is_there_only_with_them(n, has_verdict):
         expected |= OF_GROUPS
     if has_verdict:
         expected |= OF_VERDICTS
+    else:
+        expected.add("reward_se")
+        means = {1: [0.5, -1.0, 0.25, 0.25], 2: [-0.25, 0.25]}[n]
+        assert found["reward_se"] == pytest.approx(np.std(means) / len(means) ** 0.5)
     if n > 1 and has_verdict:
         expected |= {"groups_all_right", "groups_all_wrong"}
     assert set(found) == expected

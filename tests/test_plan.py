@@ -111,7 +111,7 @@ def test_the_plans_activations_are_what_autograd_keeps(dtype):
     layer = kept_by_autograd(two.to(dtype)) - kept_by_autograd(one.to(dtype))
     # On a CPU packed_attention copies its result once more: one of about 18 vectors like it
     copy = 256 * dtype.itemsize
-    one.set_attn_implementation("only what is kept")
+    one.set_attn_implementation("only shapes")
     assert plan.layer_activations(one.to("meta")) == pytest.approx(layer - copy, rel=0.03)
 
 
