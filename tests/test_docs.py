@@ -379,6 +379,7 @@ NOT_RUN = {
     "python -m pytest -q tests/test_precision.py *": "`make test-all` runs it, with all others",
     "python findings/*.py": "minutes of training; tests/test_findings.py has its committed numbers",
     "python findings/base_models.py --*": "models of the hub; see tests/test_base_models.py",
+    "python benchmarks/traps.py": "runs 51 tests with the code broken; its table is beside it",
     "python benchmarks/*.py *": "a measurement; its figures are beside it",
 }
 
@@ -448,7 +449,11 @@ def script_of(command: str) -> tuple[str, list[str]] | None:
     return None
 
 
-WITHOUT_SETTINGS = ("toy.py", "benchmarks/grader.py")  # nor has any finding but base_models
+WITHOUT_SETTINGS = (
+    "toy.py",
+    "benchmarks/grader.py",
+    "benchmarks/traps.py",
+)  # nor has any finding but base_models
 
 
 def check_settings(command, settings):
