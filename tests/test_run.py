@@ -418,18 +418,24 @@ def test_what_else_lies_beside_the_states_is_left_alone(states):
     assert newest_whole_state(Path("state"))[0] == 3
 
 
-def test_a_failed_save_leaves_nothing_that_fills_the_disk(states, monkeypatch):
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("a rank does not answer"),
+    CheckpointException("save", {0: (OSError(errno.EIO, "Input/output error"), None)}),
+], ids=["OSError", "RuntimeError", "CheckpointException"])  # fmt: skip
+def test_a_failed_save_leaves_nothing_that_fills_the_disk(states, monkeypatch, error):
     """Else there would be no room for the next one, nor for the records."""
     _, keeper, _ = states
     works = dcp.save
 
     def half(*arguments, **settings):
         works(*arguments, **settings)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(dcp, "save", half)
-    with pytest.warns(match="No space left"):
+    with pytest.warns(match="could not be saved in state: .*(No space|not answer|Input/output)"):
         save(keeper, 3)
+    assert keeper.failed == 1
     assert sorted(os.listdir("state")) == ["1", "2"]
 
 
