@@ -589,12 +589,14 @@ def test_on_a_gpu_the_engine_wakes_in_stages_around_the_weights(monkeypatch):
     monkeypatch.setattr(drgrpo, "CUDA", True)
     calls = sampler.llm.calls
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(drgrpo.gc, "collect", lambda: calls.append("collect"))
     policy = Policy(tiny_model())
     sampler.sleep()
     sampler.wake(policy)
     assert calls == [
         "sleep 2",
         "empty",
+        "collect",
         "empty",
         "wake weights",
         "reload_weights",
@@ -956,6 +958,7 @@ def test_what_saves_memory_or_time_makes_the_same_update(ranks, tmp_path, settin
         optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, fused=True)
         updates = split_updates(rollouts, config, 0, 0, 1)
         metrics = update(policy, optimizer, updates, config)
+        assert 0 < metrics["weights_moved"] <= 1, "a share"
         metrics.pop("seconds_old_logprobs")
         weights = torch.cat([w.flatten() for _, w in full_weights(policy.model, torch.float32)])
         after.append((metrics, weights))
@@ -996,13 +999,28 @@ def test_metrics_of_an_update_are_sums_over_all_its_micro_batches(ranks, tmp_pat
                 totals[key] = totals.get(key, 0.0) + float(value)
         norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
     policy = make_policy(config)
+    synced = mock.Mock(wraps=policy.set_requires_gradient_sync)
+    policy.set_requires_gradient_sync = synced
     found = update(policy, torch.optim.AdamW(policy.parameters(), 0.0), updates, config)
+    assert [call.args for call in synced.call_args_list] == [
+        (batch is batches[-1],) for batches in updates for batch in batches
+    ]
     assert found.pop("seconds_old_logprobs") > 0
     expected = {key: totals[key] / totals["tokens"] for key in ("gap", "tis_capped", "clipped")}
     expected |= {"loss": totals["loss"] / 2, "grad_norm": sum(norms) / 2, "kl": 0.0}
     expected["weights_moved"] = 0.0  # at a learning rate of 0
     assert abs(totals["loss"]) > 1e-4 and 0 < totals["tis_capped"] < totals["tokens"]
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_makes_no_update(ranks, monkeypatch):
+    norm = mock.Mock(full_tensor=lambda: torch.tensor(float("inf")))  # sharded, as FSDP's
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norm)
+    policy, optimizer = make_policy(TOY), mock.Mock()
+    batch = collate(some_rollouts())
+    with pytest.raises(FloatingPointError, match="norm is inf; this update was not made"):
+        update(policy, optimizer, [[batch]], replace(TOY, max_gap=100))
+    assert not optimizer.step.called
 
 
 def test_the_gradient_counts_the_ranks_because_fsdp_takes_their_mean(ranks, monkeypatch):
