@@ -46,7 +46,7 @@ from drgrpo import (
     token_logprobs,
     update,
 )
-from support.data import Problem
+from support.data import Problem, derive_seed
 from support.grader import Grader, Verdict
 from support.logprobs import HeadLogprobs, definition, packed_attention
 from tests.helpers import (
@@ -97,8 +97,9 @@ def test_advantage_is_reward_minus_group_mean():
 
 
 def test_grpo_divides_by_the_std_over_n_minus_1():
-    advantages = group_advantages(torch.tensor([[1.0, 0, 0, 0]]), divide_by_std=True)
-    assert torch.allclose(advantages, torch.tensor([[1.5, -0.5, -0.5, -0.5]]))
+    rewards = torch.tensor([[1.0, 0, 0, 0], [8.0, 0, 0, 0]])
+    advantages = group_advantages(rewards, divide_by_std=True)
+    assert torch.allclose(advantages, torch.tensor([[1.5, -0.5, -0.5, -0.5]] * 2)), "of each group"
 
 
 @pytest.mark.parametrize("divide_by_std", [False, True])
@@ -106,6 +107,12 @@ def test_grpo_divides_by_the_std_over_n_minus_1():
 def test_equal_rewards_give_exact_zeros(reward, divide_by_std):
     advantages = group_advantages(torch.full((2, 12), reward), divide_by_std)
     assert torch.equal(advantages, torch.zeros(2, 12))
+    between = torch.tensor([[-1.0] * 12, [reward] * 12, [2.0] * 12])  # each group for itself
+    assert torch.equal(group_advantages(between, divide_by_std), torch.zeros(3, 12))
+
+
+def test_rewards_in_double_precision_stay_so():
+    assert group_advantages(torch.zeros(1, 2, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_rewards_must_be_grouped():
@@ -143,6 +150,7 @@ def test_padding_may_hold_anything():
     assert loss.item() == pytest.approx(-1 / 3)
     assert logprobs.grad.tolist() == [[pytest.approx(-1 / 3), 0, 0]]
     assert all(torch.isfinite(value) for value in stats.values())
+    assert not any(value.requires_grad for value in stats.values()), "they would keep the graph"
 
 
 @pytest.mark.parametrize("advantages, denominator", [((2, 3), 6), ((2, 1), 6), ((2,), 0)])
@@ -150,6 +158,16 @@ def test_wrong_shapes_and_denominators_are_refused(advantages, denominator):
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="advantages"):
         drgrpo_loss(x, x, torch.zeros(advantages), x, denominator)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_logprobs_and_mask_must_have_one_shape(which):
+    """Else one of them would be stretched over all rows or tokens."""
+    shapes = [torch.ones(2, 3)] * 3
+    shapes[which] = torch.ones(2, 1)
+    logprobs, old, mask = shapes
+    with pytest.raises(ValueError, match="one shape"):
+        drgrpo_loss(logprobs, old, torch.ones(2), mask, 6)
 
 
 # ------------------------------------------------ the expected gradient, by enumeration
@@ -407,6 +425,16 @@ def test_collate_marks_the_response_and_its_eos():
     assert batch.advantages.tolist() == [0.5, 0] and batch.problems == [3, 4]
 
 
+def test_batches_and_weights_go_to_the_device_of_the_policy(monkeypatch):
+    monkeypatch.setattr(drgrpo, "DEVICE", "meta")  # a device that is not the CPU, anywhere
+    batch = collate(some_rollouts())
+    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4
+    tensors += [weight for _, weight in full_weights(tiny_model(), torch.float16)]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert tensors[-1].dtype == torch.float16
+
+
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("budget", [1, 60, 120, 10_000])
 def test_micro_batches_keep_the_budget_lose_nothing_and_share_the_work(world, budget):
@@ -421,6 +449,13 @@ def test_micro_batches_keep_the_budget_lose_nothing_and_share_the_work(world, bu
     if budget >= 60:
         assert max(tokens) - min(tokens) <= max(map(len, rollouts))
         assert len(batches) <= 1.3 * sum(tokens) / budget + world
+
+
+def test_a_micro_batch_may_be_full_to_the_last_token():
+    rollouts = [Rollout(i, [5] * 4, [6] * 6, [0.0] * 6) for i in range(4)]
+    assert [len(rows) for rows in micro_batches(rollouts, 20, 0, 1)] == [2, 2]
+    assert [len(rows) for rows in micro_batches(rollouts, 19, 0, 1)] == [1] * 4
+    assert [len(rows) for rows in micro_batches(rollouts, 20, 1, 2)] == [2]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -554,12 +589,14 @@ def test_on_a_gpu_the_engine_wakes_in_stages_around_the_weights(monkeypatch):
     monkeypatch.setattr(drgrpo, "CUDA", True)
     calls = sampler.llm.calls
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(drgrpo.gc, "collect", lambda: calls.append("collect"))
     policy = Policy(tiny_model())
     sampler.sleep()
     sampler.wake(policy)
     assert calls == [
         "sleep 2",
         "empty",
+        "collect",
         "empty",
         "wake weights",
         "reload_weights",
@@ -615,6 +652,8 @@ def test_eos_ends_a_response_and_belongs_to_it(engine):
     groups = [draw(engine, [5, 6], seed, n=16) for seed in range(4)]
     ended = [r for group in groups for r in group if r.finish_reason == "stop"]
     assert ended and all(r.response_ids[-1] == 0 for r in ended)
+    eos = AutoTokenizer.from_pretrained(engine[2].model).decode([0])
+    assert eos and not any(eos in r.text for r in ended), "it is in the ids, not in the text"
     assert gap(engine, ended) < 1e-4
 
 
@@ -670,6 +709,36 @@ def test_stale_weights_stop_the_run_and_change_nothing(engine):
     sampler.wake(policy)
 
 
+class EagerSampler:
+    """Hands over each group, the last problem's first, before it returns them all.
+
+    Notes what it was asked for.
+    """
+
+    def generate(self, problems, seeds, n, max_tokens, temperature, stop, finished):
+        self.asked = ([p.prompt for p in problems], n, max_tokens, temperature, stop)
+        self.seeds = list(seeds)
+        groups = [
+            [Rollout(place, p.prompt_ids, [1], [0.0], f"{p.prompt}{i}") for i in range(n)]
+            for place, p in enumerate(problems)
+        ]
+        for place in reversed(range(len(problems))):
+            finished(place, groups[place])
+        return groups
+
+
+def test_grading_begins_while_others_are_still_sampled(monkeypatch):
+    """Each response with its own problem's answers and row; here, of the second of two ranks."""
+    problems = [Problem(f"p{i}", [i], [f"a{i}"], f"p{i}", {"i": i}) for i in range(5)]
+    monkeypatch.setattr(drgrpo.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(drgrpo.dist, "get_world_size", lambda: 2)
+    grader = mock.Mock(template=templates.TEMPLATES["none"])
+    drgrpo.sample(EagerSampler(), grader, problems, [0, 1, 4, 2], range(4), 2, 1.0, TOY)
+    assert grader.start.call_args_list == [
+        mock.call([f"p{i}0", f"p{i}1"], [[f"a{i}"]] * 2, [{"i": i}] * 2) for i in (2, 4)
+    ]
+
+
 # ------------------------------------------------------------------------------ reward
 
 
@@ -722,6 +791,20 @@ def test_a_truncated_response_gets_0_unless_another_reward_is_set(ranks):
         assert [r.reward for r in score(grader, ONE_PROBLEM, rollouts, 3, TOY)] == [0.5, 0.25, 0]
 
 
+def test_one_reward_below_that_of_a_truncated_response_is_a_warning(ranks):
+    grader, rollouts = stored([1.0, -0.5, 1.0])
+    with pytest.warns(match="some rewards are below"):
+        score(grader, ONE_PROBLEM, rollouts, 3, TOY)
+
+
+def test_score_divides_by_the_std_only_where_the_settings_say_so(ranks):
+    grader, rollouts = stored([1.0, 0.0, 0.0, 0.0])
+    for divide_by_std, expected in ((False, 0.75), (True, 1.5)):
+        config = replace(TOY, divide_by_std=divide_by_std)
+        scored = score(grader, ONE_PROBLEM, rollouts, 4, config)
+        assert scored[0].advantage == pytest.approx(expected)
+
+
 def test_a_run_warns_once_if_being_cut_off_pays(fake_run, rewards):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
@@ -754,6 +837,18 @@ def test_held_out_problems_are_scored_as_eval_scores_them(ranks, grader):
         assert [found[f"eval_{key}"] for key in keys] == [expected[key] for key in keys]
 
 
+def test_a_held_out_problem_gets_one_greedy_response(ranks):
+    grader, _ = stored([1.0, 0.0])
+    grader.start, grader.template = mock.Mock(), templates.TEMPLATES["r1"]
+    sampler = EagerSampler()
+    found = drgrpo.score_held_out(sampler, grader, ONE_PROBLEM * 2, TOY)
+    stop = templates.TEMPLATES["r1"].stop
+    assert sampler.asked == (["1+1"] * 2, 1, TOY.max_response_tokens, 0.0, stop) and stop
+    assert found["eval_reward"] == 0.5 and found["seconds_eval"] > 0
+    assert {key.partition("_")[0] for key in found} == {"eval", "seconds"}
+    assert drgrpo.score_held_out(sampler, grader, [], TOY) == {}
+
+
 # ------------------------------------------------------------------------------ learning
 
 
@@ -784,6 +879,36 @@ def test_importance_weights_are_per_token_and_capped(ranks):
     assert weight([0.1, -0.2], None) == (2, 0)
     assert weight([0.1, -0.2], 2.0) == (pytest.approx(np.exp(0.1) + np.exp(-0.2), rel=1e-4), 0)
     assert weight([5.0, -0.2], 2.0) == (pytest.approx(2 + np.exp(-0.2), rel=1e-4), 1)
+    assert weight([0.0, -0.2], 1.0) == (pytest.approx(1 + np.exp(-0.2), rel=1e-4), 0)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_policy_is_sharded_and_spares_memory_as_its_settings_say(toy, monkeypatch, on):
+    shards: list[tuple] = []
+    compiled = mock.Mock(side_effect=lambda forward, **settings: forward)
+    monkeypatch.setattr(drgrpo, "fully_shard", lambda module, **s: shards.append((module, s)))
+    monkeypatch.setattr(drgrpo, "mesh", lambda: "the mesh of the ranks")
+    monkeypatch.setattr(drgrpo, "CUDA", on)
+    monkeypatch.setattr(torch, "compile", compiled)
+    dtype = "bfloat16" if on else "float32"
+    changed = dict(offload=on, compile=on, activation_checkpointing=on, dtype=dtype)
+    policy = make_policy(replace(TOY, **changed))
+    layers = list(policy.model.get_decoder().layers)
+    assert [module for module, _ in shards] == [*layers, policy]
+    for _, settings in shards:
+        assert settings["mesh"] == "the mesh of the ranks"
+        precision, offload = settings["mp_policy"], settings["offload_policy"]
+        assert precision.param_dtype == getattr(torch, dtype)
+        assert precision.reduce_dtype == torch.float32
+        assert isinstance(offload, drgrpo.CPUOffloadPolicy) == on
+        assert getattr(offload, "pin_memory", False) == on
+    assert policy.model.training and policy.model.is_gradient_checkpointing == on
+    if on:
+        recompute = layers[0]._gradient_checkpointing_func
+        assert recompute.keywords["use_reentrant"] is False
+    expected = [mock.call(layer.forward, dynamic=True) for layer in layers] if on else []
+    assert compiled.call_args_list == expected
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
 def test_weights_are_fp32_masters_and_nearly_all_move_at_the_papers_lr(ranks, tmp_path):
@@ -833,12 +958,75 @@ def test_what_saves_memory_or_time_makes_the_same_update(ranks, tmp_path, settin
         optimizer = torch.optim.AdamW(policy.parameters(), 1e-3, fused=True)
         updates = split_updates(rollouts, config, 0, 0, 1)
         metrics = update(policy, optimizer, updates, config)
+        assert 0 < metrics["weights_moved"] <= 1, "a share"
         metrics.pop("seconds_old_logprobs")
         weights = torch.cat([w.flatten() for _, w in full_weights(policy.model, torch.float32)])
         after.append((metrics, weights))
     assert after[1][0] == pytest.approx(after[0][0], rel=1e-4, abs=1e-6)
     assert after[0][0]["kl"] > 1e-4, "the second update's old policy is the one before the first"
     assert_same(after[0][1], after[1][1])
+
+
+def test_all_updates_are_made_at_the_temperature_of_the_sampling(ranks, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    settings = dict(prompts_per_step=4, samples_per_prompt=6, responses_per_update=12)
+    config = replace(TOY, model=str(tmp_path), temperature=0.6, max_gap=100, **settings)
+    policy = make_policy(config)
+    updates = [[collate(some_rollouts(seed=seed))] for seed in range(2)]
+    for (batch,) in updates:
+        logprobs = policy(batch.ids, batch.response_mask, 0.6)
+        batch.sampler_logprobs = logprobs.detach()
+    optimizer = torch.optim.AdamW(policy.parameters(), 0.0)
+    metrics = update(policy, optimizer, updates, config)
+    assert metrics["gap"] < 1e-5 and metrics["kl"] < 1e-5
+    assert updates[0][0].old_logprobs is None, "the first update has its own"
+
+
+def test_metrics_of_an_update_are_sums_over_all_its_micro_batches(ranks, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    settings = dict(prompts_per_step=4, samples_per_prompt=6, responses_per_update=12)
+    settings |= dict(tokens_per_microbatch=80, tis_cap=1.0, max_gap=100)
+    config = replace(TOY, model=str(tmp_path), **settings)
+    updates = split_updates(some_rollouts(24), config, 0, 0, 1)
+    assert [len(batches) > 1 for batches in updates] == [True, True]
+    totals, norms = {}, []
+    for batches in updates:
+        model.zero_grad()
+        for batch in batches:
+            batch.sampler_logprobs -= 4 * batch.response_mask  # about what a random model gives
+            for key, value in forward_backward(Policy(model), batch, config).items():
+                totals[key] = totals.get(key, 0.0) + float(value)
+        norms.append(torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item())
+    policy = make_policy(config)
+    synced = mock.Mock(wraps=policy.set_requires_gradient_sync)
+    policy.set_requires_gradient_sync = synced
+    found = update(policy, torch.optim.AdamW(policy.parameters(), 0.0), updates, config)
+    assert [call.args for call in synced.call_args_list] == [
+        (batch is batches[-1],) for batches in updates for batch in batches
+    ]
+    assert found.pop("seconds_old_logprobs") > 0
+    expected = {key: totals[key] / totals["tokens"] for key in ("gap", "tis_capped", "clipped")}
+    expected |= {"loss": totals["loss"] / 2, "grad_norm": sum(norms) / 2, "kl": 0.0}
+    expected["weights_moved"] = 0.0  # at a learning rate of 0
+    assert abs(totals["loss"]) > 1e-4 and 0 < totals["tis_capped"] < totals["tokens"]
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_a_gradient_that_is_not_finite_makes_no_update(ranks, monkeypatch):
+    norm = mock.Mock(full_tensor=lambda: torch.tensor(float("inf")))  # sharded, as FSDP's
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *given: norm)
+    policy, optimizer = make_policy(TOY), mock.Mock()
+    batch = collate(some_rollouts())
+    with pytest.raises(FloatingPointError, match="norm is inf; this update was not made"):
+        update(policy, optimizer, [[batch]], replace(TOY, max_gap=100))
+    assert not optimizer.step.called
+
+
+def test_the_gradient_counts_the_ranks_because_fsdp_takes_their_mean(ranks, monkeypatch):
+    whole, _ = gradient(some_rollouts())
+    monkeypatch.setattr(drgrpo.dist, "get_world_size", lambda: 3)
+    assert_same(3 * whole, gradient(some_rollouts())[0])
 
 
 def test_a_loss_that_is_not_finite_names_its_problems(ranks):
@@ -937,6 +1125,33 @@ def test_a_step_samples_sleeps_scores_learns_and_wakes(fake_run, monkeypatch):
     assert calls == one_step + ["save_model"] + one_step + ["save_model", "plot_curves", "close"]
 
 
+def test_a_step_hands_on_what_each_part_returns(ranks, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    grader, _ = stored([1.0, 0.0, 0.0, 1.0])
+    grader.start, grader.template = mock.Mock(), templates.TEMPLATES["none"]
+    called, sampler = mock.Mock(), EagerSampler()
+    called.update.return_value = {"loss": 0.25}
+    sampler.sleep, sampler.wake = called.sleep, called.wake
+    score = drgrpo.score
+    monkeypatch.setattr(drgrpo, "score", lambda *given: called.score() and score(*given))
+    monkeypatch.setattr(drgrpo, "update", called.update)
+    config = replace(TOY, prompts_per_step=2, samples_per_prompt=2, responses_per_update=2, seed=7)
+    problems = [Problem(f"p{i}", [5, i], ["1"]) for i in range(2)]
+    metrics, rollouts = drgrpo.train_step(
+        config, 3, problems, "policy", "optimizer", sampler, grader
+    )
+    assert [name for name, _, _ in called.mock_calls] == ["sleep", "score", "update", "wake"]
+    assert sampler.asked[1:4] == (2, TOY.max_response_tokens, 1.0)
+    assert sampler.seeds == [derive_seed("sample", 7, 3, place) for place in range(2)]
+    policy, optimizer, updates, settings = called.update.call_args.args
+    assert (policy, optimizer, settings) == ("policy", "optimizer", config) and len(updates) == 2
+    assert called.wake.call_args == mock.call("policy")
+    assert [r.advantage for r in rollouts] == [0.5, -0.5, -0.5, 0.5]
+    assert metrics["loss"] == 0.25 and metrics["reward"] == 0.5
+    phases = {key for key in metrics if key.startswith("seconds_")}
+    assert phases == {f"seconds_{x}" for x in ("sample", "sleep", "score", "update", "sync")}
+
+
 def test_weights_are_saved_on_the_way_and_steps_without_metrics_leave_no_line(
     fake_run, monkeypatch, tmp_path
 ):
@@ -954,6 +1169,54 @@ def test_every_step_and_every_prompt_has_a_draw_of_its_own(fake_run):
     assert fake_run(steps=3, name="again").seeds == first
     others = {seed for seeds in fake_run(steps=3, name="other", seed=1).seeds for seed in seeds}
     assert not others & {seed for seeds in first for seed in seeds}
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_a_run_starts_with_is_made_of_its_settings(ranks, toy, monkeypatch, offload):
+    """On the second of three ranks: the engine gets what the policy and Adam leave."""
+    called = mock.Mock()
+    for name in ("start_ranks", "check_shared_folder", "Sampler", "Grader", "give_threads_back"):
+        monkeypatch.setattr(drgrpo, name, getattr(called, name))
+    config = replace(
+        TOY,
+        offload=offload,
+        prompts_per_step=8,
+        samples_per_prompt=8,
+        responses_per_update=64,
+        grader_workers=3,
+        grader_timeout=7.0,
+        reward="rewards.py:short",
+        seed=5,
+    )
+    policy = make_policy(config)
+    monkeypatch.setattr(drgrpo, "make_policy", lambda config: policy)
+    monkeypatch.setattr(drgrpo.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(drgrpo.dist, "get_world_size", lambda: 3)
+    found, optimizer, sampler, grader = drgrpo.start(config)
+    assert found is policy
+    assert sampler is called.Sampler.return_value and grader is called.Grader.return_value
+    weights = sum(p.numel() for p in policy.parameters())
+    expected = [
+        mock.call.start_ranks(training=True),
+        mock.call.check_shared_folder(config.folder),
+        mock.call.Sampler(
+            config.model,
+            64 + 72,  # the longest prompt and the longest response
+            5,
+            reserve=0 if offload else 2 * 4 * weights,  # Adam's two moments, in fp32
+            dtype=config.dtype,
+            sequences=3 * 8,  # three of the eight prompts, eight responses each
+            can_sleep=True,
+        ),
+        mock.call.give_threads_back(),
+        mock.call.Grader("none", 3, 7.0, "rewards.py:short"),
+    ]
+    assert called.mock_calls == [c for c in expected if offload or "threads" not in str(c)]
+    assert type(optimizer) is torch.optim.AdamW
+    (group,) = optimizer.param_groups
+    assert all(a is b for a, b in zip(group["params"], policy.parameters(), strict=True))
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (config.lr, (0.9, 0.95), 0)
+    assert group["fused"]
 
 
 def test_a_policy_can_be_trained_with_a_reward_of_ones_own(fake_run, rewards, tmp_path):

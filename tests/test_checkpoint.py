@@ -4,6 +4,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -66,6 +67,20 @@ def test_the_export_before_is_kept_and_older_ones_are_removed(ranks, tokenizer, 
         assert exports(tmp_path) == kept, "the highest numbers, not the last names"
         assert os.readlink(tmp_path / "model") == f"exports/{step}", "it may move with its folder"
         assert (tmp_path / "model" / "README.md").read_text() == f"card {step}"
+
+
+def test_rank_0_alone_keeps_the_weights_and_as_copies(ranks, tmp_path, monkeypatch):
+    """What was gathered may be a view of padded shards; other ranks only help to gather it."""
+    weight, kept = torch.ones(3), []
+    monkeypatch.setattr(support.checkpoint, "write_export", lambda found, *_: kept.append(found))
+    monkeypatch.setattr(support.checkpoint, "switch_link", lambda *_: None)
+    monkeypatch.setattr(support.checkpoint, "remove_old_exports", lambda *_: None)
+    save_model([("a", weight)], tiny_model(), None, tmp_path, 1)
+    assert torch.equal(kept[0]["a"], weight) and kept[0]["a"].data_ptr() != weight.data_ptr()
+    monkeypatch.setattr(support.checkpoint.dist, "get_rank", lambda: 1)
+    gathered = mock.Mock()
+    save_model(iter([("a", gathered)]), tiny_model(), None, tmp_path, 1)
+    assert len(kept) == 1 and not gathered.to.called
 
 
 def test_a_step_that_is_made_again_is_written_beside_the_live_export(ranks, tokenizer, tmp_path):

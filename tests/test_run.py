@@ -324,15 +324,17 @@ def test_a_damaged_state_is_named_and_the_older_one_is_used(states, damage):
 
 def test_a_damaged_state_is_not_counted_among_the_two_that_are_kept(states):
     """Else what is saved next would be removed at once, and the only whole one with it."""
-    _, keeper, _ = states
+    learner, _, _ = states
     cut(Path("state", "2", "__0_0.distcp"))
     for step in "89":
         shutil.copytree("state/2", f"state/{step}")
     with pytest.warns(match="damaged"):
         assert newest_whole_state(Path("state"))[0] == 1
+    keeper = learner.keeper()  # of a run that goes on
     keeper.load(1)
     for step in (2, 3):
         save(keeper, step)
+        assert saved_steps(Path("state")) == [step, step - 1]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert newest_whole_state(Path("state"))[0] == step
@@ -418,18 +420,24 @@ def test_what_else_lies_beside_the_states_is_left_alone(states):
     assert newest_whole_state(Path("state"))[0] == 3
 
 
-def test_a_failed_save_leaves_nothing_that_fills_the_disk(states, monkeypatch):
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("a rank does not answer"),
+    CheckpointException("save", {0: (OSError(errno.EIO, "Input/output error"), None)}),
+], ids=["OSError", "RuntimeError", "CheckpointException"])  # fmt: skip
+def test_a_failed_save_leaves_nothing_that_fills_the_disk(states, monkeypatch, error):
     """Else there would be no room for the next one, nor for the records."""
     _, keeper, _ = states
     works = dcp.save
 
     def half(*arguments, **settings):
         works(*arguments, **settings)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(dcp, "save", half)
-    with pytest.warns(match="No space left"):
+    with pytest.warns(match="could not be saved in state: .*(No space|not answer|Input/output)"):
         save(keeper, 3)
+    assert keeper.failed == 1
     assert sorted(os.listdir("state")) == ["1", "2"]
 
 
@@ -463,6 +471,24 @@ def test_the_manifest_is_the_last_to_come_and_the_first_to_go(states, monkeypatc
     assert "3" not in seen[0][2], "written before its manifest"
     assert seen[1][1] == "state/1" and "1" not in seen[1][2], "removed after its manifest"
     assert "3" not in seen[2][2] and "3" not in seen[3][2]
+
+
+def test_all_ranks_write_after_rank_0_has_made_the_folder(states, monkeypatch):
+    _, keeper, _ = states
+    seen, works = [], dcp.save
+
+    def barrier(group):
+        assert group is keeper.group, "not the one of the step"
+        seen.append(("barrier", Path("state", "3", FACTS).exists()))
+
+    def noted(*arguments, **settings):
+        seen.append(("save", True))
+        works(*arguments, **settings)
+
+    monkeypatch.setattr(dist, "barrier", barrier)
+    monkeypatch.setattr(dcp, "save", noted)
+    save(keeper, 3)
+    assert seen == [("barrier", True), ("save", True)]
 
 
 def test_a_failed_save_warns_and_is_counted_and_the_second_in_a_row_raises(states, monkeypatch):
@@ -501,6 +527,19 @@ def test_a_save_that_cannot_write_is_a_failed_save(here, obstacle, monkeypatch):
         save(keeper, 1)
     assert "Traceback" not in str(seen[0].message), "one line that says why"
     assert keeper.failed == 1 and saved_steps(Path("state")) == []
+
+
+def test_the_next_save_tells_that_the_one_before_it_failed(states, monkeypatch):
+    _, keeper, _ = states
+    works, full = dcp.save, OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(dcp, "save", mock.Mock(side_effect=full))
+    keeper.save(3, {})
+    assert keeper.saving.exception(60) is full
+    monkeypatch.setattr(dcp, "save", works)
+    with pytest.warns(match="No space left"):
+        keeper.save(4, {})
+    keeper.wait()
+    assert saved_steps(Path("state")) == [4, 2]
 
 
 def test_what_is_saved_are_the_values_of_the_moment_of_save(states, monkeypatch):
@@ -666,6 +705,13 @@ def test_a_signal_in_the_last_evaluation_finishes_the_run(here, unbroken):
         run_without_engine()
     assert is_finished(small()) and not Path("runs/run/requeue").exists()
     assert_as(Path("runs/run"), unbroken)
+
+
+def test_a_run_ends_its_grader_and_its_engine(here):
+    with mock.patch.object(QuickGrader, "close") as closed:
+        assert run_without_engine(steps=1, save_every=2).calls[-1] == "close"
+    assert closed.call_count == 1
+    assert saved_steps(Path("runs/run/state")) == [1], "none of a step that was not made"
 
 
 def test_an_error_does_not_ask_to_be_requeued(here):
