@@ -43,6 +43,25 @@ def test_the_text_of_a_finding_is_what_its_numbers_say(name):
     assert finding.file(".md").read_text() == finding.text("")
 
 
+def rows_of_the_readme():
+    """(measured, script) of each row of the README's table of findings."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    start = lines.index("| finding, on the toy | measured | script |") + 2
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            return
+        _, measured_text, script = (cell.strip() for cell in line.strip("|").split("|"))
+        yield measured_text, script.strip("`")
+
+
+@pytest.mark.parametrize("text, script", rows_of_the_readme())
+def test_the_readmes_numbers_are_those_of_its_findings(text, script):
+    (finding,) = (f for f in measured() if f.command == f"python findings/{script}")
+    there = finding.file(".md").read_text()
+    numbers = re.findall(r"[-+]?\d+\.\d+%?|\d of \d|\d+e-\d+", text)
+    assert numbers and [number for number in numbers if number not in there] == []
+
+
 @each_finding
 def test_numbers_name_their_origin_and_no_machine(name):
     numbers = BY_NAME[name].numbers()

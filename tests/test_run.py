@@ -881,6 +881,7 @@ OTHER = {
     "tis_cap": None,
     "divide_by_std": True,
     "divide_by_length": True,
+    "dtype": "bfloat16",
 }
 MAY = {
     "steps": 5,
