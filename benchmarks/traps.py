@@ -7,6 +7,7 @@ A trap here is an edit of one file or two: text that stands there once, and what
 place. The table at the end says for each whether the tests named in docs/traps.md noticed.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -287,7 +288,7 @@ def tests_of(begins: str) -> list[str]:
     rows = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {begins}")]
     if len(rows) != 1:
         raise ValueError(f"{len(rows)} rows of {PAGE.name} begin with {begins!r}")
-    return rows[0].split("|")[3].replace("`", "").replace(",", " ").split()
+    return re.findall(r"`(test_\w+)`", rows[0])
 
 
 def copy_of_the_tree(folder: Path) -> None:

@@ -16,9 +16,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from findings.base_models import COLUMNS, analysis_table
+from findings.base_models import COLUMNS
 from findings.finding import BLUE, GREEN, GREY, Finding
 from findings.runs import make_toy_base
+from support.metrics import markdown
 
 OUTPUT = Path("runs/findings-base-models")
 SAMPLES = 8  # responses to a problem, base_models.py's default
@@ -65,7 +66,13 @@ def draw(numbers: dict) -> Figure:
 
 
 def table(numbers: dict) -> str:
-    return analysis_table(numbers["results"], SAMPLES)
+    head = ["template", *(NAMES[key] for key in BARS), "cut off", "tokens, right", "tokens, wrong"]
+    rows = []
+    for result in numbers["results"]:
+        shares = [f"{result[key]:.3f}" for key in (*BARS, "truncated")]
+        lengths = [f"{result[key]:.0f}" for key in ("length_right", "length_wrong")]
+        rows.append([result["template"], *shares, *lengths])
+    return markdown(head, rows)
 
 
 def caption(numbers: dict) -> str:
