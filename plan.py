@@ -231,6 +231,7 @@ def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: in
     layers, width = model.config.num_hidden_layers, model.config.hidden_size
     tokens = max(config.tokens_per_microbatch, config.context)
     inside = layer_activations(model)
+    logits = min(LOGITS_AT_ONCE, tokens * model.config.vocab_size)  # of a chunk
     on_gpu = 0 if config.offload else 1
     holders = config.gpus if micro_batches == 1 else 1  # GPUs that share the gradients
     whole = number * (weights.rest + 2 * weights.layer)
@@ -256,7 +257,7 @@ def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: in
         ("activations", tokens * kept, f"{how}, {tokens} tokens x {kept:,} B"),
         (
             "head",
-            2 * 4 * LOGITS_AT_ONCE + 2 * 4 * weights.head,
+            2 * 4 * logits + 2 * 4 * weights.head,
             "two chunks of logits; the head's gradient in fp32, and a chunk's part of it",
         ),
     ]

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -192,24 +192,43 @@ class StateKeeper:
         """Runs in the thread: the state, then its manifest. Then all is removed but this state and
         the whole one before it: older states, damaged ones, and what killed saves have left."""
         target = self.folder / str(step)
-        if dist.get_rank() == 0:
-            remove_state(target)
-            target.mkdir(parents=True)
-            write_json(target / FACTS, facts)
-        dist.barrier(self.group)  # the folder is there
+        self.on_rank_0(begin_state, target, facts)
         try:
             dcp.save(copies, checkpoint_id=target, process_group=self.group)
         except (OSError, RuntimeError, CheckpointException):
             if dist.get_rank() == 0:  # half a state would only fill the disk
                 remove_state(target)
             raise
-        if dist.get_rank() == 0:  # save returns when all ranks have written
-            write_json(target / MANIFEST, describe_files(target))
-            before = [other for other in self.whole if other != step]
-            self.whole = [*before[-1:], step]
-            for folder in self.folder.iterdir():
-                if folder.name.isdigit() and int(folder.name) not in self.whole:
-                    remove_state(folder)
+        self.on_rank_0(self.publish, step, target)  # save returned: all ranks have written
+
+    def publish(self, step: int, target: Path) -> None:
+        """Write the manifest, and remove what is not kept."""
+        write_json(target / MANIFEST, describe_files(target))
+        before = [other for other in self.whole if other != step]
+        self.whole = [*before[-1:], step]
+        for folder in self.folder.iterdir():
+            if folder.name.isdigit() and int(folder.name) not in self.whole:
+                remove_state(folder)
+
+    def on_rank_0(self, function: Callable, *arguments: Any) -> None:
+        """Call it on rank 0. All ranks wait for it, and raise what it raised: else they would wait
+        for a rank 0 that has given up."""
+        failure: list[OSError | None] = [None]
+        if dist.get_rank() == 0:
+            try:
+                function(*arguments)
+            except OSError as error:
+                failure[0] = error
+        dist.broadcast_object_list(failure, src=0, group=self.group)
+        if failure[0] is not None:
+            raise failure[0]
+
+
+def begin_state(folder: Path, facts: dict) -> None:
+    """An empty folder for a state, with its facts."""
+    remove_state(folder)
+    folder.mkdir(parents=True)
+    write_json(folder / FACTS, facts)
 
 
 def copy_to_cpu(value: Any) -> Any:

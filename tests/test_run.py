@@ -475,20 +475,37 @@ def test_the_manifest_is_the_last_to_come_and_the_first_to_go(states, monkeypatc
 
 def test_all_ranks_write_after_rank_0_has_made_the_folder(states, monkeypatch):
     _, keeper, _ = states
-    seen, works = [], dcp.save
+    seen, works, on_rank_0 = [], dcp.save, keeper.on_rank_0
 
-    def barrier(group):
-        assert group is keeper.group, "not the one of the step"
-        seen.append(("barrier", Path("state", "3", FACTS).exists()))
+    def all_know(*call):
+        on_rank_0(*call)
+        state = Path("state", "3")
+        seen.append(("all know", (state / FACTS).exists(), (state / MANIFEST).exists()))
 
     def noted(*arguments, **settings):
-        seen.append(("save", True))
+        seen.append("save")
         works(*arguments, **settings)
 
-    monkeypatch.setattr(dist, "barrier", barrier)
+    monkeypatch.setattr(keeper, "on_rank_0", all_know)
     monkeypatch.setattr(dcp, "save", noted)
     save(keeper, 3)
-    assert seen == [("barrier", True), ("save", True)]
+    assert seen == [("all know", True, False), "save", ("all know", True, True)]
+
+
+def test_a_rank_raises_what_rank_0_could_not_write(states, monkeypatch):
+    _, keeper, _ = states
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def broadcast(failure, src, group):
+        assert failure == [None], "this is another rank"
+        assert src == 0 and group is keeper.group, "not the one of the step"
+        failure[0] = full
+
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    never = mock.Mock(side_effect=AssertionError("rank 0 alone writes"))
+    with pytest.raises(OSError, match="No space left"):
+        keeper.on_rank_0(never)
 
 
 def test_a_failed_save_warns_and_is_counted_and_the_second_in_a_row_raises(states, monkeypatch):
