@@ -174,7 +174,7 @@ def kill_once(options: Options, name: str, number: int, place: int, draw: random
 
 def kill_often(options: Options, draw: random.Random) -> list:
     """One run that is killed again and again, each time in a random phase of its first steps."""
-    name, steps = "chaos-often", options.repeated
+    name, steps = "chaos-often", 2 * options.repeated  # it gets on between two kills
     fresh("chaos-long")
     fresh(name)
     start(options, "chaos-long", steps)

@@ -47,6 +47,12 @@ NAME = re.compile(
 )
 
 
+# what stands between several answers: "or", a new line, a gap, a bar without a second one
+SEVERAL = re.compile(
+    r"\\(?:lor|vee|quad|qquad)(?![a-zA-Z])|\\\\|\\text *\{[^}]*\bor\b|\?|^[^|]*\|[^|]*$"
+)
+
+
 def gold_answers(cell: str | int | float | list) -> list[str]:
     """The golds in one cell of a dataset, any of which is right, as stripped non-empty strings.
     An empty list means that there is no gold. Raises TypeError for any other kind of cell."""
@@ -100,6 +106,9 @@ def same_value(gold: str, answer: str) -> bool:
     # It drops the base of 52_8
     gold_base, answer_base = (re.findall(r"\d_\{?(\d+)", text) for text in (gold, answer))
     if gold_base and gold_base != answer_base:
+        return False
+    # It takes the last of several answers, which would pay for guessing
+    if SEVERAL.search(answer) and not SEVERAL.search(gold):
         return False
     # It takes the right side of any equation for its value, where only "x = 5" names a value,
     # and it folds case, so that N = N is N = n

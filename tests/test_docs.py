@@ -379,6 +379,8 @@ NOT_RUN = {
     "python -m pytest -q tests/test_precision.py *": "`make test-all` runs it, with all others",
     "python findings/*.py": "minutes of training; tests/test_findings.py has its committed numbers",
     "python findings/base_models.py --*": "models of the hub; see tests/test_base_models.py",
+    "python benchmarks/chaos.py": "forty minutes of kills; its table is beside it",
+    "MALLOC_MMAP_THRESHOLD_=65536 python benchmarks/memory.py *": "its figures are beside it",
     "python benchmarks/traps.py": "runs 51 tests with the code broken; its table is beside it",
     "python benchmarks/*.py *": "a measurement; its figures are beside it",
 }

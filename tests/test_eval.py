@@ -265,7 +265,7 @@ def test_the_progress_bar_shows_a_reward_of_ones_own(ranks, rewards, capsys):
 class AnyPrompt(StoredSampler):
     """Answers every second problem right, whatever the model."""
 
-    def __init__(self, model, context, seed, tensor_parallel):
+    def __init__(self, model, context, seed, tensor_parallel, dtype):
         super().__init__({})
 
     def generate(self, problems, *arguments):

@@ -155,6 +155,23 @@ def test_every_gold_of_the_benchmarks_matches_itself(name):
     assert_each_gold_matches_itself(file)
 
 
+@pytest.mark.parametrize("answer", [
+    r"-4 \lor \frac{1}{2}", r"\frac{1}{2} \vee 7", r"\begin{cases} -4 \\ \frac{1}{2} \end{cases}",
+    r"1 | \frac{1}{2}", r"-4 \quad \frac{1}{2}", r"\frac{2}{3} / \frac{1}{2} ?",
+    r"-4 \text{ (or } \frac{1}{2})",
+])  # fmt: skip
+def test_several_answers_are_not_one_right_answer(answer):
+    """Found by benchmarks/fuzz.py."""
+    assert not answers_match(answer, r"\frac{1}{2}")
+
+
+def test_a_gold_of_several_parts_still_matches():
+    assert answers_match(
+        r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"
+    )
+    assert answers_match("2|x|", "|2x|")
+
+
 # ------------------------------------------------------------------------------ the grader
 
 
