@@ -609,6 +609,9 @@ def test_on_a_gpu_the_engine_wakes_in_stages_around_the_weights(monkeypatch):
     sampler.llm.resets = False
     with pytest.raises(RuntimeError, match="prefix cache"):
         sampler.wake(policy)
+    sampler.llm.collective_rpc = lambda method, kwargs: next(kwargs["weights_iterator"])
+    with pytest.raises(RuntimeError, match="did not take all weights"):
+        sampler.wake(policy)
 
 
 def draw(engine, prompt, seed=0, n=4, temperature=1.0):

@@ -45,8 +45,6 @@ LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 NAME = re.compile(
     r"(?:[a-zA-Z|\s{}(),']|\\(?!frac|sqrt|cdot|times)[a-zA-Z]++|_\{?\w++\}?|\^\{-1\})++"
 )
-
-
 # what stands between several answers: "or", a new line, a gap, a bar without a second one
 SEVERAL = re.compile(
     r"\\(?:lor|vee|quad|qquad)(?![a-zA-Z])|\\\\|\\text *\{[^}]*\bor\b|\?|^[^|]*\|[^|]*$"
@@ -107,7 +105,7 @@ def same_value(gold: str, answer: str) -> bool:
     gold_base, answer_base = (re.findall(r"\d_\{?(\d+)", text) for text in (gold, answer))
     if gold_base and gold_base != answer_base:
         return False
-    # It takes the last of several answers, which would pay for guessing
+    # It picks one of several answers that are given at once: guessing would pay
     if SEVERAL.search(answer) and not SEVERAL.search(gold):
         return False
     # It takes the right side of any equation for its value, where only "x = 5" names a value,

@@ -8,8 +8,6 @@ import torch.distributed as dist
 
 PROBE_EVERY = 1009  # of so many weights of a shard, one is looked at
 PATIENCE = 10  # steps in a row that say nothing, until there is a warning
-
-
 MAX_GAP = {"bfloat16": 0.1, "float32": 1e-3}  # what rounding to this dtype cannot reach
 
 
