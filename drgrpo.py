@@ -711,6 +711,7 @@ def start(config: Config) -> tuple[Policy, torch.optim.Optimizer, Sampler, Grade
     optimizer = torch.optim.AdamW(
         policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True
     )
+    grader = Grader(config.template, config.grader_workers, config.grader_timeout, config.reward)
     shards = sum(parameter.to_local().nbytes for parameter in policy.parameters())
     prompts = math.ceil(config.prompts_per_step / dist.get_world_size())  # of this rank
     sampler = Sampler(
@@ -724,7 +725,6 @@ def start(config: Config) -> tuple[Policy, torch.optim.Optimizer, Sampler, Grade
     )
     if config.offload:  # AdamW runs on the CPU
         give_threads_back()
-    grader = Grader(config.template, config.grader_workers, config.grader_timeout, config.reward)
     return policy, optimizer, sampler, grader
 
 

@@ -34,6 +34,14 @@ from pebble.common import CONSTS
 from support.ranks import StopSignals
 from templates import TEMPLATES, Template
 
+# Each worker imports the main script. What takes seconds of that is imported once, before the fork.
+PRELOADED = [
+    "math_verify",
+    "datasets",
+    "torch.distributed.fsdp",
+    "transformers.models.auto.modeling_auto",
+]
+
 # ------------------------------------------------------------------- equality of two answers
 
 MATH_SECONDS = 2  # for each parse and comparison; math-verify sets an alarm, in whole seconds
@@ -338,6 +346,7 @@ class Grader:
         # Workers inherit what is blocked while their server starts. A run that is asked to stop
         # finishes its step, and needs them for it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignals.SIGNALS)
+        context.set_forkserver_preload(PRELOADED)
         ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pool = ProcessPool(

@@ -95,12 +95,16 @@ def grader():
 
 # Comparisons that misbehave, in a module of their own: workers import it, and it must be light.
 HOSTILE = """
-import collections, itertools, mmap, os, signal, time
+import collections, itertools, mmap, os, signal, sys, time
 from support.grader import answers_match
 
 
 def worker_id(answer: str, golds: tuple) -> bool:
     return str(os.getpid()) != answer
+
+
+def has_imported(answer: str, golds: tuple) -> bool:
+    return answer in sys.modules
 
 
 def hostile(answer: str, golds: tuple) -> bool:

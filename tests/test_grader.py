@@ -1,5 +1,6 @@
 """Facts about the reward: equality of answers, and workers that may hang, die or be killed."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -223,6 +224,14 @@ def test_comparisons_happen_only_in_workers(grader, hostile):
         assert grader.grade([boxed(os.getpid())], ["1"]) == [1.0]
     finally:
         grader.equal = answers_match
+
+
+def test_what_takes_long_to_import_is_in_a_worker_before_it_begins(hostile):
+    for name in support.grader.PRELOADED:  # the server of the workers passes over what it lacks
+        importlib.import_module(name)
+    with Grader("none") as grader:
+        grader.equal = hostile.has_imported
+        assert grader.grade([boxed("datasets")], ["1"]) == [1.0]
 
 
 CLEAN = [boxed(f"{i}+0") for i in range(20)]
