@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.data import Problem
 from toy import make_toy
 
-# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; the last three: Qwen2.5
+# hidden, intermediate, layers, heads, key-value heads, vocabulary, tied; the last three: Qwen2.5.
+# "10m-eos" has few tokens, so that a random model draws EOS about once in 300 and lengths differ.
 SHAPES = {
     "10m": (256, 1024, 8, 4, 2, 8192, True),
+    "10m-eos": (256, 1024, 8, 4, 2, 300, True),
     "0.5b": (896, 4864, 24, 14, 2, 151936, True),
     "1.5b": (1536, 8960, 28, 12, 2, 151936, True),
     "7b": (3584, 18944, 28, 28, 4, 152064, False),

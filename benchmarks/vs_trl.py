@@ -2,7 +2,7 @@
 
     pip install trl==1.16.0
     python benchmarks/vs_trl.py --shape 10m --longest 512          # the learner alone
-    python benchmarks/vs_trl.py --shape toy --whole                # with sampling and grading
+    python benchmarks/vs_trl.py --shape 10m-eos --whole            # with sampling and grading
 
 Both get the same model, prompts, Dr. GRPO loss (loss_type="dr_grpo", scale_rewards="none", beta 0),
 number of optimizer steps, precision and AdamW, no activation checkpointing, and a learning rate
@@ -12,10 +12,11 @@ and what TRL does before its first forward pass (decoding, rewards, padding) is 
 our own padding is. TRL also computes the entropy of every token, which it logs. In the whole
 step both sample for themselves, from the toy's problems, and call the same grader; TRL generates
 with transformers on a CPU, and on a GPU with vLLM in the same process, asleep while it learns, as
-here. The toy model answers; the other shapes have random weights, so each of their responses has
-the full length and gets an answer, every second one right. TRL runs once for each of `--rows` rows
-a micro-batch, and its best counts. Seconds are of a round, without the first rounds, the median
-over all turns.
+here. The toy model answers; the other shapes have random weights, so their responses get an answer,
+every second one right. Responses end where the model says so: nearly all of `--shape 10m` have the
+full length, those of `10m-eos` are of mixed lengths. TRL runs once for each of `--rows` rows a
+micro-batch, and its best counts. Seconds are of a round, without the first rounds, the median over
+all turns.
 """
 
 import json
@@ -25,7 +26,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import drgrpo
 from benchmarks.shapes import length_mix, make_model, response_text
-from benchmarks.step import FixedLengths
 from support.data import load_problems, load_tokenizer
 from support.grader import Grader
 from support.metrics import markdown, versions
@@ -50,7 +49,7 @@ from templates import TEMPLATES
 class Options:
     """Compare with TRL."""
 
-    shape: str = "10m"  # of shapes.py: toy, 10m, 0.5b, 1.5b, 7b
+    shape: str = "10m"  # of shapes.py: toy, 10m, 10m-eos, 0.5b, 1.5b, 7b
     whole: bool = False  # the whole step, on the toy's problems; else the learner alone
     prompts: int = 8  # a round
     samples: int = 8  # responses to each
@@ -102,6 +101,35 @@ def our_config(options: Options) -> drgrpo.Config:
     )
 
 
+class Answering(drgrpo.Sampler):
+    """A sampler whose responses get an answer each, every second one of a group right."""
+
+    def generate(
+        self,
+        problems,
+        seeds,
+        n,
+        max_tokens,
+        temperature,
+        stop,
+        finished=lambda place, group: None,
+    ):
+        def answer(place, group):
+            draw = random.Random(seeds[place])
+            for i, rollout in enumerate(group):
+                rollout.text = response_text(problems[place].answers[0], i % 2 == 0, draw)
+                rollout.finish_reason = "stop"  # TRL's rewards know of no truncation
+            finished(place, group)
+
+        return super().generate(problems, seeds, n, max_tokens, temperature, stop, answer)
+
+
+def ready(grader: Grader) -> Grader:
+    """The grader, once its workers have loaded: that would slow the first rounds down."""
+    grader.grade(["\\boxed{1}"], ["1"])
+    return grader
+
+
 def toy_problems(model: str):
     tokenizer = load_tokenizer(model, 512)
     return load_problems("runs/toy-base/train.jsonl", tokenizer, TEMPLATES["none"], 64)[0]
@@ -113,8 +141,9 @@ def run_ours(options: Options, rounds: int) -> tuple[list[float], list[float], l
     seconds, norms, tokens = [], [], []
     if options.whole:
         if options.shape != "toy":
-            drgrpo.Sampler, FixedLengths.equal = FixedLengths, True  # type: ignore[misc]
+            drgrpo.Sampler = Answering  # type: ignore[misc]
         policy, optimizer, sampler, grader = drgrpo.start(config)
+        ready(grader)
         problems = toy_problems(config.model)
     else:
         start_ranks()
@@ -154,10 +183,6 @@ def trl_arguments(options: Options, rounds: int):
             "vllm_importance_sampling_mode": "token_truncate",
             "vllm_importance_sampling_clip_max": 2.0,
         }
-    if options.whole and options.shape != "toy":
-        whole["generation_kwargs"] = (
-            {"ignore_eos": True} if drgrpo.CUDA else {"min_new_tokens": options.longest}
-        )
     return GRPOConfig(
         output_dir="runs/vs_trl",
         loss_type="dr_grpo",
@@ -200,16 +225,54 @@ def leave_out_scoring(trainer, clock) -> None:
     trainer._generate_and_score_completions = uncounted
 
 
+def whole_task(options: Options, rounds: int, tokens: list[int]):
+    """TRL's data set and reward function for whole steps. Notes in `tokens` those of each call."""
+    grader = ready(Grader("none"))
+    problems = toy_problems(make_model(options.shape))[: options.prompts * rounds]
+    draw = random.Random(0)
+
+    def reward(completions, completion_ids, answers, **_):
+        tokens.append(sum(map(len, completion_ids)))
+        if options.shape != "toy":
+            completions = [
+                response_text(gold, i % 2 == 0, draw) for i, (gold,) in enumerate(answers)
+            ]
+        return grader.grade(completions, answers)
+
+    return [{"prompt": p.prompt, "answers": p.answers} for p in problems], reward, None
+
+
+def learner_task(options: Options, rounds: int, tokens: list[int]):
+    """TRL's data set, reward function and rollout function for responses that are given."""
+    fixed = fixed_rollouts(options)
+    rewards = {tuple(rollout.response_ids): rollout.reward for rollout in fixed}
+
+    def reward(completion_ids, **_):
+        tokens.append(sum(map(len, completion_ids)))
+        return [rewards[tuple(ids)] for ids in completion_ids]
+
+    def rollout(prompts, trainer):
+        left = {str(i): [r for r in fixed if r.problem == i] for i in range(options.prompts)}
+        chosen = [left[prompt].pop() for prompt in prompts]
+        return {
+            "prompt_ids": [r.prompt_ids for r in chosen],
+            "logprobs": None,
+            "completion_ids": [r.response_ids for r in chosen],
+        }
+
+    data = [{"prompt": str(i)} for i in range(options.prompts)] * rounds
+    return data, reward, rollout
+
+
 def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
     """As run_ours."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOTrainer
 
-    reward: Callable
-    rollout: Callable | None
     path = make_model(options.shape)
-    seconds, tokens, grader, draw = [], [], Grader("none"), random.Random(0)
+    seconds: list[float] = []
+    tokens: list[int] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -220,38 +283,9 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
 
     clock = Clock()
     if options.whole:
-        problems = toy_problems(path)[: options.prompts * rounds]
-        data = [{"prompt": p.prompt, "answers": p.answers} for p in problems]
-
-        def whole_reward(completions, completion_ids, answers, **_):
-            tokens.append(sum(map(len, completion_ids)))
-            if options.shape != "toy":
-                completions = [
-                    response_text(gold, i % 2 == 0, draw) for i, (gold,) in enumerate(answers)
-                ]
-            return grader.grade(completions, answers)
-
-        reward, rollout = whole_reward, None
+        data, reward, rollout = whole_task(options, rounds, tokens)
     else:
-        fixed = fixed_rollouts(options)
-        data = [{"prompt": str(i)} for i in range(options.prompts)] * rounds
-        rewards = {tuple(r.response_ids): r.reward for r in fixed}
-
-        def fixed_reward(completion_ids, **_):
-            tokens.append(sum(map(len, completion_ids)))
-            return [rewards[tuple(ids)] for ids in completion_ids]
-
-        def fixed_rollout(prompts, trainer):
-            left = {str(i): [r for r in fixed if r.problem == i] for i in range(options.prompts)}
-            chosen = [left[prompt].pop() for prompt in prompts]
-            return {
-                "prompt_ids": [r.prompt_ids for r in chosen],
-                "logprobs": None,
-                "completion_ids": [r.response_ids for r in chosen],
-            }
-
-        reward, rollout = fixed_reward, fixed_rollout
-
+        data, reward, rollout = learner_task(options, rounds, tokens)
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         args=trl_arguments(options, rounds),
@@ -264,7 +298,6 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
     if not options.whole and options.updates == 1:  # with more, old log-probs are in it
         leave_out_scoring(trainer, clock)
     trainer.train()
-    grader.close()
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
     by_round = [
         sum(seconds[i : i + options.updates]) for i in range(0, len(seconds), options.updates)
