@@ -415,9 +415,12 @@ def reckoned_hours(config: PlanConfig, model: torch.nn.Module, prompt: float) ->
         gb_read += response * cache_bytes(c, 1, config.bytes_per_number) * tokens_to_read / GB
         sampling = gb_read / config.gpu_gb_s + config.max_response_tokens * overhead
         ends.append(config.steps * (sampling + learning) / 3600)
+    missing = "evaluations"
+    if config.offload:
+        missing += ", the CPU's AdamW and the way of weights and gradients to it and back"
     return (
         f"hours      {ends[0]:,.1f} to {ends[1]:,.1f} on {config.ranks} GPU(s), reckoned and not "
-        f"measured, without evaluations: {config.gpu_tflops:g} TFLOPS and {config.gpu_gb_s:g} GB/s "
+        f"measured, without {missing}: {config.gpu_tflops:g} TFLOPS and {config.gpu_gb_s:g} GB/s "
         f"a GPU; assumed are responses of {BRIEF_LONG[0]:.0%} to {BRIEF_LONG[1]:.0%} of the "
         f"limit, a learner at {MFU[1]:.0%} to {MFU[0]:.0%} of the peak (with what it computes "
         f"again), and {1000 * OVERHEAD[0]:g} to {1000 * OVERHEAD[1]:g} ms an engine step beside "

@@ -158,7 +158,11 @@ class StateKeeper:
             saving.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             self.failed += 1
-            message = f"the state could not be saved in {self.folder}: {reason(error)}"
+            free = shutil.disk_usage(self.folder.parent).free / 1e9  # torch hides what a disk says
+            message = (
+                f"the state could not be saved in {self.folder}: {reason(error)} "
+                f"({free:,.3f} GB are free on that disk)"
+            )
             if self.failed > 1:
                 raise RuntimeError(f"twice in a row, {message}") from error
             warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)

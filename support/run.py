@@ -65,6 +65,8 @@ def prepare(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
     check_reward(config.reward, problems[0].row)
     if os.environ.get("RANK", "0") == "0":  # if it ends with an error, torchrun ends the others
         check_run(config, fingerprints(config, problems, held_out))
+        if not is_finished(config):
+            refuse_read_only(config.folder)
         check_model(config.model, config.max_prompt_tokens + config.max_response_tokens)
     return tokenizer, problems, held_out, dropped
 
@@ -88,6 +90,16 @@ def is_finished(config) -> bool:
     """Whether the run has made all its steps, and all that comes after them."""
     run = read_json(config.folder / "config.json")
     return run is not None and run.get("finished") is not None and run["finished"] >= config.steps
+
+
+def refuse_read_only(folder: Path) -> None:
+    """Raises ValueError if the folder cannot be written to, or not be made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{there.resolve()} cannot be written to, and {folder} would hold the run: make it "
+            "writable, or start from another folder"
+        )
 
 
 def check_run(config, prints: dict[str, str]) -> None:

@@ -368,7 +368,7 @@ NOT_RUN = {
     "torchrun * eval.py *": f"{ON_A_GPU}; tests/test_eval.py scores with two ranks",
     "until torchrun * drgrpo.py *": ON_A_GPU,
     "sbatch *": "no Slurm here; tests/test_run.py has two torchrun agents in its place",
-    "python plan.py math-7b --gpus 8": (
+    "python plan.py *--gpus 8*": (
         "reads the hub; test_the_command_prints_a_plan_and_trains_nothing plans the toy"
     ),
     "python eval.py --model *": "models and data of the hub; tests/test_eval.py scores the toy",

@@ -199,6 +199,11 @@ def test_the_reckoned_hours_by_hand(seven_b):
     assert plan_hours(report(seven_b))[0] == pytest.approx(expected, abs=0.06)
 
 
+def test_the_reckoned_hours_say_that_they_leave_the_offloaded_optimizer_out(seven_b):
+    assert "without evaluations: 989" in report(seven_b)
+    assert "without evaluations, the CPU's AdamW" in report(replace(seven_b, offload=True))
+
+
 @pytest.mark.parametrize("number, dtype", [(4, "float32"), (2, "bfloat16")])
 def test_the_dtype_of_computing_counts_in_the_memory(number, dtype, toy):
     model = plan.meta_model(str(toy / "model"), dtype)

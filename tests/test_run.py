@@ -514,7 +514,7 @@ def test_a_failed_save_warns_and_is_counted_and_the_second_in_a_row_raises(state
     assert keeper.failed == 0
     for _ in range(2):
         monkeypatch.setattr(support.checkpoint, "write_json", mock.Mock(side_effect=full))
-        with pytest.warns(match="could not be saved in state: .*No space left.*are kept"):
+        with pytest.warns(match=r"in state: .*No space left.* \([\d.,]+ GB are free.*are kept"):
             save(keeper, 3)
         assert keeper.failed == 1
         assert newest_whole_state(Path("state"))[0] == 2
@@ -1009,6 +1009,25 @@ def test_records_without_a_config_are_refused(here):
     Path("runs/run/metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="holds a run without config.json: remove it"):
         check_run(small(), {})
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_a_model_loads(here, monkeypatch):
+    for part, value in {
+        "load_data": (None, PROBLEMS, HELD_OUT, {}),
+        "check_reward": None,
+        "check_model": None,
+        "fingerprints": {},
+    }.items():
+        monkeypatch.setattr(support.run, part, mock.Mock(return_value=value))
+    Path("runs").mkdir()
+    support.run.prepare(small())
+    read_only = Path("runs")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != read_only and mode == os.W_OK)
+    with pytest.raises(ValueError, match="runs cannot be written to, and runs/run would hold"):
+        support.run.prepare(small())
+    support.run.check_model.assert_called_once()
+    monkeypatch.setattr(support.run, "is_finished", lambda config: True)
+    support.run.prepare(small())  # will only say so
 
 
 def test_a_finished_run_says_so_and_ends_well(finished, monkeypatch, capsys):
