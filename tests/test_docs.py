@@ -342,6 +342,12 @@ RUN = {
     "python drgrpo.py toy --name brief *": f"{THIS}::test_the_reward_of_the_readme_trains",
     ".venv/bin/python drgrpo.py toy --name tour *": TOUR_RUN,
     "head -n 1 runs/tour/metrics.jsonl": TOUR_RUN,
+    "python drgrpo.py toy --dtype bfloat16 *": (
+        "tests/test_precision.py::test_the_toy_learns_in_bf16_with_a_small_and_flat_gap"
+    ),
+    "python drgrpo.py toy --steps 12 *": (
+        "tests/test_run.py::test_a_real_disk_that_is_full_or_read_only_costs_no_state"
+    ),
     "python eval.py --regrade FILE.jsonl": f"{THIS}::test_saved_responses_are_graded_again",
     "git apply *forks/*.diff": (
         "tests/test_forks.py::test_a_diff_applies_to_the_tree_as_it_is_and_back"
