@@ -35,6 +35,7 @@ from support.ranks import StopSignals
 from templates import TEMPLATES, Template
 
 # Each worker imports the main script. What takes seconds of that is imported once, before the fork.
+# None of these may look for a GPU: CUDA does not survive a fork, and a worker would see none.
 PRELOADED = [
     "math_verify",
     "datasets",
@@ -53,9 +54,10 @@ LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
 NAME = re.compile(
     r"(?:[a-zA-Z|\s{}(),']|\\(?!frac|sqrt|cdot|times)[a-zA-Z]++|_\{?\w++\}?|\^\{-1\})++"
 )
-# what stands between several answers: "or", a new line, a gap, a bar without a second one
+# what stands between several answers: "or", a gap, an arrow, a new line, a bar without a second one
 SEVERAL = re.compile(
-    r"\\(?:lor|vee|quad|qquad)(?![a-zA-Z])|\\\\|\\text *\{[^}]*\bor\b|\?|^[^|]*\|[^|]*$"
+    r"\\(?:lor|vee|quad|qquad|to|rightarrow|Rightarrow|implies)(?![a-zA-Z])"
+    r"|\\\\|\\text *\{[^}]*\bor\b|\?|^[^|]*\|[^|]*$"
 )
 
 

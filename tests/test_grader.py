@@ -159,7 +159,7 @@ def test_every_gold_of_the_benchmarks_matches_itself(name):
 @pytest.mark.parametrize("answer", [
     r"-4 \lor \frac{1}{2}", r"\frac{1}{2} \vee 7", r"\begin{cases} -4 \\ \frac{1}{2} \end{cases}",
     r"1 | \frac{1}{2}", r"-4 \quad \frac{1}{2}", r"\frac{2}{3} / \frac{1}{2} ?",
-    r"-4 \text{ (or } \frac{1}{2})",
+    r"-4 \text{ (or } \frac{1}{2})", r"7 \to \frac{1}{2}", r"\frac{1}{2} \Rightarrow 1",
 ])  # fmt: skip
 def test_several_answers_are_not_one_right_answer(answer):
     """Found by benchmarks/fuzz.py."""
@@ -232,6 +232,24 @@ def test_what_takes_long_to_import_is_in_a_worker_before_it_begins(hostile):
     with Grader("none") as grader:
         grader.equal = hostile.has_imported
         assert grader.grade([boxed("datasets")], ["1"]) == [1.0]
+
+
+def test_what_is_imported_before_the_fork_looks_for_no_gpu():
+    code = """
+import importlib, sys, torch
+from support.grader import PRELOADED
+
+looked = []
+for name in ("is_available", "device_count"):
+    setattr(torch.cuda, name, lambda: looked.append(1))
+for name in [*PRELOADED, *sys.argv[1:]]:
+    importlib.import_module(name)
+print(bool(looked))
+"""
+    for others, answer in ([], "False"), (["drgrpo"], "True"):  # drgrpo.py does look
+        command = [sys.executable, "-c", code, *others]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout.strip() == answer, done.stderr
 
 
 CLEAN = [boxed(f"{i}+0") for i in range(20)]
