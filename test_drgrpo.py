@@ -1202,6 +1202,7 @@ def test_what_a_run_starts_with_is_made_of_its_settings(ranks, toy, monkeypatch,
     expected = [
         mock.call.start_ranks(training=True),
         mock.call.check_shared_folder(config.folder),
+        mock.call.Grader("none", 3, 7.0, "rewards.py:short"),  # loads while the engine does
         mock.call.Sampler(
             config.model,
             64 + 72,  # the longest prompt and the longest response
@@ -1212,7 +1213,6 @@ def test_what_a_run_starts_with_is_made_of_its_settings(ranks, toy, monkeypatch,
             can_sleep=True,
         ),
         mock.call.give_threads_back(),
-        mock.call.Grader("none", 3, 7.0, "rewards.py:short"),
     ]
     assert called.mock_calls == [c for c in expected if offload or "threads" not in str(c)]
     assert type(optimizer) is torch.optim.AdamW
