@@ -67,7 +67,30 @@ class Options:
     json: bool = False  # print the figures as one line of JSON, in place of the table
 
 
-class FixedLengths(drgrpo.Sampler):
+class Answering(drgrpo.Sampler):
+    """A sampler whose random responses get an answer each, every second one of a group right."""
+
+    def generate(
+        self,
+        problems,
+        seeds,
+        n,
+        max_tokens,
+        temperature,
+        stop,
+        finished=lambda place, group: None,
+    ):
+        def answer(place, group):
+            draw = random.Random(seeds[place])
+            for j, rollout in enumerate(group):
+                rollout.text = response_text(problems[place].answers[0], j % 2 == 0, draw)
+                rollout.finish_reason = "stop"  # so that none counts as truncated
+            finished(place, group)
+
+        return super().generate(problems, seeds, n, max_tokens, temperature, stop, answer)
+
+
+class FixedLengths(Answering):
     """A sampler whose responses to each problem have the length that the mix says."""
 
     given_back: float | None = (
@@ -103,29 +126,13 @@ class FixedLengths(drgrpo.Sampler):
             [TokensPrompt(prompt_token_ids=p.prompt_ids) for p in problems], params, use_tqdm=False
         )
 
-    def generate(
-        self,
-        problems,
-        seeds,
-        n,
-        max_tokens,
-        temperature,
-        stop,
-        finished=lambda place, group: None,
-    ):
+    def generate(self, problems, seeds, n, max_tokens, *others):
         engine, lengths = self.llm.llm_engine, self.lengths(len(problems), max_tokens)
         add_request = engine.add_request
 
         def add_fixed(key, prompt, params):
             params.max_tokens, params.ignore_eos = lengths[int(key)], True
             return add_request(key, prompt, params)
-
-        def answer(place, group):
-            draw = random.Random(seeds[place])
-            for j, rollout in enumerate(group):
-                rollout.text = response_text(problems[place].answers[0], j % 2 == 0, draw)
-                rollout.finish_reason = "stop"
-            finished(place, group)
 
         run_step, in_tail = engine.step, 0.0
 
@@ -139,7 +146,7 @@ class FixedLengths(drgrpo.Sampler):
 
         engine.add_request, engine.step = add_fixed, step_timed
         start = time.perf_counter()
-        groups = super().generate(problems, seeds, n, max_tokens, temperature, stop, answer)
+        groups = super().generate(problems, seeds, n, max_tokens, *others)
         self.tail = in_tail / (time.perf_counter() - start)
         del engine.add_request, engine.step
         return groups

@@ -38,6 +38,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import drgrpo
 from benchmarks.shapes import length_mix, make_model, response_text
+from benchmarks.step import Answering
 from support.data import load_problems, load_tokenizer
 from support.grader import Grader
 from support.metrics import markdown, versions
@@ -99,29 +100,6 @@ def our_config(options: Options) -> drgrpo.Config:
         tis_cap=2.0 if options.whole else None,
         activation_checkpointing=False,
     )
-
-
-class Answering(drgrpo.Sampler):
-    """A sampler whose responses get an answer each, every second one of a group right."""
-
-    def generate(
-        self,
-        problems,
-        seeds,
-        n,
-        max_tokens,
-        temperature,
-        stop,
-        finished=lambda place, group: None,
-    ):
-        def answer(place, group):
-            draw = random.Random(seeds[place])
-            for i, rollout in enumerate(group):
-                rollout.text = response_text(problems[place].answers[0], i % 2 == 0, draw)
-                rollout.finish_reason = "stop"  # TRL's rewards know of no truncation
-            finished(place, group)
-
-        return super().generate(problems, seeds, n, max_tokens, temperature, stop, answer)
 
 
 def ready(grader: Grader) -> Grader:
