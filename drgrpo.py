@@ -1,48 +1,55 @@
-"""Dr. GRPO: R1-Zero-like reinforcement learning of a language model, in one file.
+"""Dr. GRPO: R1-Zero-like reinforcement learning of a language model, in one script.
 
-The model is given problems, writes several responses to each, is told which of them are right,
-and is moved towards those. For responses i = 1..G to one problem with rewards r_i, GRPO lowers
+The model gets P problems and writes G responses to each. A reward says how good each of the P*G
+responses is. That is one step. From its responses the model makes a few updates (optimizer steps),
+each from N of them. For the responses i = 1..N of an update, GRPO minimises
 
-    1/N * sum_i 1/|o_i| * sum_t max(-A_i * ratio_it, -A_i * clip(ratio_it, 1-eps, 1+eps))
-    A_i = (r_i - mean(r_1..r_G)) / std(r_1..r_G)
-    ratio_it = exp(logprob_it - old_logprob_it)
+    1/N * sum_i 1/|o_i| * sum_t max(-A_i * ratio_it, -A_i * clip(ratio_it, 1-eps, 1+eps))  + KL term
 
-over the N responses of an optimizer step, of |o_i| tokens each. Two of its divisions are biases
-(arXiv 2503.20783, section 3). Dr. GRPO is GRPO without them. From GRPO to this file:
+    A_i      = (r_i - mean) / std     mean and std of the rewards of i's group: all G responses to
+                                      the same problem
+    ratio_it = exp(logprob_it - old_logprob_it)     old: before the step's first update
+    |o_i|    = tokens of response i
 
-  1. A_i = r_i - mean. Divided by the group's std, problems that are nearly always or nearly never
-     solved would weigh more than the others.
-  2. 1/L_max in place of 1/|o_i|, where L_max is the longest response allowed: a constant. Divided
-     by its own length, a long wrong response would be punished less per token than a short one,
-     and wrong responses would grow.
-  3. Nothing else: no critic, no KL term, no entropy bonus.
-  4. By default each token's term is also multiplied by min(p_old / p_sampler, tis_cap): how
-     probable the token is with the same weights, as the trainer and as vLLM compute it. This is
-     a truncated importance weight (TIS). No gradient flows through it.
+Dr. GRPO (arXiv 2503.20783) is GRPO without the two divisions that bias it, and without the KL term:
 
-Where sampler and trainer agree, the expected gradient of a round's first update is that of the
-expected reward, times (G-1)/(G * L_max): test_drgrpo.py enumerates every group of a tiny policy to
-see it. These rules keep it so, and are tested. N * L_max is fixed before micro-batches are formed
-and counts the responses of all ranks, so nothing that saves memory changes the gradient. EOS is an
-action like any other. Exactly the sampled token ids are trained, at the temperature of sampling.
-Each step measures how far the sampler's log-probs are from the trainer's. A round's later updates
-are off-policy: the clip limits that bias, it does not remove it.
+  1. A_i = r_i - mean. Dividing by the std gives problems that are nearly always or nearly never
+     solved more weight than they have without it.
+  2. 1/L_max in place of 1/|o_i|. L_max is the longest response allowed: a constant. Divided by its
+     own length, a long wrong response is punished less per token than a short one, and wrong
+     responses grow. (The paper's formula leaves the constant 1/L_max out. Its code has it.)
+
+This file adds one factor that the paper does not have. vLLM samples and the trainer learns, and
+the two compute slightly different probabilities with the same weights. So each token's term is
+multiplied by w_it = min(p_old / p_sampler, tis_cap), a truncated importance weight (TIS), which is
+a constant for the gradient. `--tis-cap None` is the paper's loss to the letter; with
+`--divide-by-std --divide-by-length` beside it, it is the paper's GRPO.
+
+Left out: a critic, a KL term, an entropy bonus, a learning rate schedule, LoRA.
+
+The expected gradient of a step's first update is that of the expected reward, times
+(G-1) / (G * L_max): test_drgrpo.py lists every group of a tiny policy to see it. What keeps it so:
+N * L_max is fixed before micro-batches are formed and counts the responses of all ranks. EOS is an
+action like any other. The sampled token ids themselves are trained, at the temperature of
+sampling. Every update measures how far the sampler's log-probs are from the trainer's (the gap).
+The step's later updates are off-policy: the clip limits that bias, it does not remove it.
 
     python drgrpo.py toy                               # minutes on two CPU cores
     torchrun --nproc-per-node 8 drgrpo.py math-7b      # the paper's 7B run on one 8-GPU node
 
-Words: a round is one sampling of P*G responses and the learning from them, and `step` is its
-number; an update is one optimizer step. Shapes: P prompts a round, G responses to each, N
-responses of an update, B rows of T tokens, and T-1 log-probs, because the first token has none.
-Not a framework: copy this file and change it.
+Shapes: P problems a step, G responses to each, N responses an update, B rows of T tokens in a
+micro-batch, and T-1 log-probs in a row, because the first token has none.
+Not a framework: copy this file, templates.py and support/, and change them.
 """
 
 import gc
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -57,31 +64,33 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from support import guards
-from support.data import Problem, derive_seed, step_problems
-from support.engine import engine_settings, give_threads_back
-from support.grader import Grader, refuse_broken_reward
+from support.data import Problem, check_endings, derive_seed, endings, step_problems
+from support.grader import Grader, Verdict, refuse_broken_reward
 from support.logprobs import token_logprobs
-from support.metrics import keep_if_it_fails, summarize
-from support.ranks import (
-    StopSignals,
+from support.records import on_screen, say, show_examples, status, summarize
+from support.run import (
+    Run,
     all_reduce,
-    check_shared_folder,
-    gather_rows,
+    end_ranks,
+    engine_settings,
+    from_all_ranks,
+    give_threads_back,
+    is_finished,
     mesh,
+    prepare,
     start_ranks,
+    stop_signals,
     timed,
 )
-from support.run import Run, is_finished, prepare
 from templates import TEMPLATES
-from toy import make_toy
 
 CUDA = torch.cuda.is_available()  # else everything runs on the CPU
 DEVICE = "cuda" if CUDA else "cpu"
-Dtype = Literal["bfloat16", "float32"]  # of computing; master weights are always fp32
-DTYPE: Dtype = "bfloat16" if CUDA else "float32"
+DTYPE = torch.bfloat16 if CUDA else torch.float32  # of computing; master weights are always fp32
+MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats; rounding to this dtype stays below
 
 # ---------------------------------------------------------------------------------- settings
 
@@ -90,7 +99,7 @@ DTYPE: Dtype = "bfloat16" if CUDA else "float32"
 class Config:
     """Settings of a run. The defaults are the paper's, but for tis_cap: it had none.
 
-    A round samples prompts_per_step * samples_per_prompt responses: 128 * 8 = 1024. It then makes
+    A step samples prompts_per_step * samples_per_prompt responses: 128 * 8 = 1024. It then makes
     one pass over them in 1024 / responses_per_update = 8 updates of 128.
     """
 
@@ -113,14 +122,13 @@ class Config:
     save_every: int | None = None  # steps between states to resume from; None: as eval_every
     seed: int = 0  # of the order of the problems and of every draw
 
-    steps: int = 300  # rounds of sampling and learning
-    prompts_per_step: int = 128  # P, problems of a round over all ranks
+    steps: int = 300  # how often to sample and learn
+    prompts_per_step: int = 128  # P, problems of a step over all ranks
     samples_per_prompt: int = 8  # G, responses to each of them
     responses_per_update: int = 128  # N, of one optimizer step; P*G must be a multiple of it
     max_prompt_tokens: int = 1024  # problems with longer prompts are dropped and counted
     max_response_tokens: int = 3000  # L_max: a response that has not ended then is truncated
     temperature: float = 1.0  # of sampling, and of the log-probs that are trained
-    top_p: float = 1.0  # must be 1: a cut distribution is not the one that is trained
 
     lr: float = 1e-6  # of AdamW: constant, no warm-up, no weight decay
     clip_eps: float = 0.2  # the ratio is clipped to 1 - clip_eps .. 1 + clip_eps
@@ -128,37 +136,26 @@ class Config:
     tis_cap: float | None = 2.0  # cap of trainer/sampler importance weights; None: no weights
     divide_by_std: bool = False  # True is GRPO's first bias
     divide_by_length: bool = False  # True is GRPO's second bias
-    # stop if trainer and sampler log-probs differ by more, in nats a token; None: by the dtype
+    # stop if the log-probs of trainer and sampler differ by more, in nats per token;
+    # None: 0.1 in bf16, 0.001 in fp32
     max_gap: float | None = None
 
     tokens_per_microbatch: int = 16384  # prompts and responses: memory, not the gradient
     activation_checkpointing: bool = True  # recompute activations: memory, not the gradient
     offload: bool = False  # keep master weights, gradients and optimizer in the CPU's memory
-    dtype: Dtype = DTYPE  # of computing, in policy and sampler
-    compile: bool = False  # torch.compile the layers: a slow start; not yet measured on a GPU
-    grader_workers: int = 2  # processes a rank that grade
-    grader_timeout: float = 5.0  # seconds a grading; then the reward is 0, and it is counted
+    grader_workers: int = 2  # processes per rank that grade
+    grader_timeout: float = 5.0  # seconds per grading; after that there is no reward
     track: Literal["no", "tensorboard", "wandb"] = "no"  # log to a tracker too
 
     def __post_init__(self):
-        """Refuse what cannot work. Raises ValueError that says what to do instead."""
-        wrong = []
-        for key, value in vars(self).items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            any_sign = key in ("seed", "truncated_reward")
-            if is_number and not any_sign and not value > 0:
-                wrong.append(f"{key} must be above 0")
-        if Path(self.name).name != self.name or self.name in ("", ".."):
-            wrong.append(f"name {self.name!r} must be the name of a folder in runs, not a path")
+        """Refuse what would fail late or in silence. Raises ValueError that says what to do."""
+        positive = ("prompts_per_step", "responses_per_update", "max_response_tokens", "eval_every")
+        positive += ("temperature", "clip_eps", "max_grad_norm", "tokens_per_microbatch")
+        wrong = [f"{key} must be above 0" for key in positive if not getattr(self, key) > 0]
         if self.seed < 0:
             wrong.append("seed must be 0 or more")
         if not math.isfinite(self.truncated_reward):
             wrong.append("truncated_reward must be a finite number")
-        if self.top_p != 1:
-            wrong.append(
-                "top_p must be 1: the cut distribution that is sampled would not be the one that "
-                "is trained; lower the temperature instead"
-            )
         if self.samples_per_prompt < 2:
             wrong.append("samples_per_prompt must be 2 or more: a group of 1 has no advantage")
         responses = self.prompts_per_step * self.samples_per_prompt
@@ -169,20 +166,12 @@ class Config:
             )
         if self.template not in TEMPLATES:
             wrong.append(f"template {self.template!r} must be one of {', '.join(TEMPLATES)}")
-        if CUDA and self.dtype == "float32":
-            wrong.append("dtype must be bfloat16 on a GPU: its attention kernel has no float32")
         if wrong:
             raise ValueError("; ".join(wrong))
 
     @property
     def folder(self) -> Path:
         return Path("runs", self.name)
-
-    @property
-    def denominator(self) -> int:
-        """N * L_max of an update; N if each response is divided by its own length."""
-        longest = 1 if self.divide_by_length else self.max_response_tokens
-        return self.responses_per_update * longest
 
 
 # ----------------------------------------------------------------------------- the algorithm
@@ -191,7 +180,8 @@ class Config:
 def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torch.Tensor:
     """How much better each response is than its group: (P, G) rewards -> (P, G) advantages.
 
-    A = r - mean(r) (arXiv 2503.20783, section 3.2); a group of equal rewards gets exact zeros.
+    A = r - mean(r) (arXiv 2503.20783, section 3.2). A group of equal rewards gets exact zeros.
+    A reward of nan is unknown: its response is left out of the mean and gets 0.
     `divide_by_std` gives GRPO's advantage, with the std over G-1 as in the paper's code. Raises
     ValueError if rewards are not (P, G).
     """
@@ -199,11 +189,16 @@ def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torc
         raise ValueError(f"rewards must be (P, G), one row a prompt; got {tuple(rewards.shape)}")
     if not rewards.is_floating_point():
         rewards = rewards.float()
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)  # Dr. GRPO (1/2): not divided by std
-    if divide_by_std:
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-8)
-    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
-    return torch.where(equal, torch.zeros_like(advantages), advantages)
+    known = ~rewards.isnan()
+    advantages = rewards - rewards.nanmean(dim=1, keepdim=True)
+    if divide_by_std:  # Dr. GRPO (1/2): only GRPO does
+        count = known.sum(dim=1, keepdim=True)
+        variance = advantages.nan_to_num().square().sum(dim=1, keepdim=True) / (count - 1)
+        advantages = advantages / (variance.sqrt() + 1e-8)
+    highest = rewards.masked_fill(~known, -math.inf).amax(dim=1, keepdim=True)
+    lowest = rewards.masked_fill(~known, math.inf).amin(dim=1, keepdim=True)
+    has_signal = known & (highest > lowest)  # else the mean's rounding error would be a signal
+    return torch.where(has_signal, advantages, torch.zeros_like(advantages))
 
 
 def drgrpo_loss(
@@ -223,7 +218,8 @@ def drgrpo_loss(
     from this micro-batch: the losses of micro-batches then add up to the loss of the update.
     `importance_weights` are constants for the gradient. Returns the scalar loss, and sums over
     this batch's response tokens that are only reported: tokens, clipped, kl (k3 estimate of
-    KL(old || new)). Raises ValueError if a shape is another or the denominator is not above 0.
+    KL(old || new), http://joschu.net/blog/kl-approx.html). Raises ValueError if a shape is another
+    or the denominator is not above 0.
     """
     if not logprobs.shape == old_logprobs.shape == response_mask.shape:
         raise ValueError("logprobs, old_logprobs and response_mask must have one shape")
@@ -231,7 +227,7 @@ def drgrpo_loss(
         raise ValueError("advantages must be (B,), and denominator above 0")
     mask = response_mask.bool()
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0)  # padding may hold anything
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # (B, T-1)
     advantage = advantages[:, None]  # (B, 1)
     unclipped = -advantage * ratio
     clipped = -advantage * ratio.clamp(1 - clip_eps, 1 + clip_eps)
@@ -239,10 +235,10 @@ def drgrpo_loss(
     if importance_weights is not None:
         token_loss = token_loss * importance_weights.detach()
     response_loss = torch.where(mask, token_loss, 0.0).sum(dim=1)  # (B,)
-    if divide_by_length:
+    if divide_by_length:  # Dr. GRPO (2/2): only GRPO does
         response_loss = response_loss / mask.sum(dim=1).clamp(min=1)
-    loss = response_loss.sum() / denominator  # Dr. GRPO (2/2): a constant, not the length
-    kl = torch.where(mask, ratio - 1 - log_ratio, 0.0)
+    loss = response_loss.sum() / denominator
+    kl = torch.where(mask, log_ratio.exp() - 1 - log_ratio, 0.0)
     return loss, {
         "tokens": mask.sum(),
         "clipped": (mask & (clipped > unclipped)).sum(),
@@ -262,24 +258,33 @@ def train_step(
     sampler: "Sampler",
     grader: Grader,
 ) -> tuple[dict[str, float | None], list["Rollout"]]:
-    """One round: sample, sleep, score, update, wake. Returns metrics and all ranks' responses."""
+    """Sample, reward, learn. Returns metrics and the responses of all ranks, P*G of them."""
     seconds: dict[str, float] = {}
     chosen = step_problems(len(problems), step, config.prompts_per_step, config.seed)
     # A draw's seed knows the step and the prompt, but no rank: any number of ranks draws the same
     seeds = [derive_seed("sample", config.seed, step, place) for place in range(len(chosen))]
-    n, temperature = config.samples_per_prompt, config.temperature
     with timed(seconds, "sample"):
-        rollouts = sample(sampler, grader, problems, chosen, seeds, n, temperature, config)
+        rollouts = sample(sampler, grader, problems, chosen, seeds, config)  # this rank's share
     with timed(seconds, "sleep"):
-        sampler.sleep()
+        sampler.sleep()  # the policy gets the GPU's memory
     with timed(seconds, "score"):
-        rollouts = score(grader, problems, rollouts, n, config)
-    with timed(seconds, "update"), keep_if_it_fails(config.folder, step, problems, rollouts):
+        rollouts = give_rewards(grader, problems, rollouts, config)  # now of all ranks
+    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples_per_prompt)
+    advantages = group_advantages(rewards, config.divide_by_std)  # (P, G)
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist(), strict=True):
+        rollout.advantage = advantage
+    with timed(seconds, "update"):
         updates = split_updates(rollouts, config, step, dist.get_rank(), dist.get_world_size())
-        learned = update(policy, optimizer, updates, config)
+        with timed(seconds, "old_logprobs"):
+            add_old_logprobs(policy, updates[1:], config)
+        sums = []
+        for number, batches in enumerate(updates, start=1):
+            status(f"update {number} of {len(updates)}")
+            sums.append(update(policy, optimizer, batches, config))
     with timed(seconds, "sync"):
-        sampler.wake(policy)
-    return summarize(rollouts, n) | learned | seconds, rollouts
+        sampler.wake(policy)  # the sampler gets the memory back, and the new weights
+    metrics = summarize(rollouts, config.samples_per_prompt) | learning_metrics(sums)
+    return metrics | seconds, rollouts
 
 
 def train(
@@ -288,38 +293,68 @@ def train(
     problems: list[Problem],
     held_out: list[Problem],
     dropped: dict[str, int],
-) -> None:
-    """A whole run, or the rest of one that was stopped, from what `prepare` returned."""
-    with StopSignals() as signals:
-        policy, optimizer, sampler, grader = start(config)
-        run = Run(config, problems, held_out, dropped, policy, optimizer)
+) -> bool:
+    """A whole run, or the rest of one that was stopped, from what `prepare` returned.
+
+    Returns whether all steps are made; False if a signal asked the run to stop before.
+    """
+    with (
+        stop_signals() as asked_to_stop,
+        start(config) as (policy, optimizer, sampler, grader),
+        Run(config, tokenizer, problems, held_out, dropped, policy, optimizer) as run,
+    ):
         if run.first_step > 0:  # the engine still has the base model's weights
             sampler.sleep()
             sampler.wake(policy)
-        for step in run.bar:  # the last one only evaluates and saves
+        for step in range(run.first_step, config.steps + 1):  # the last one only evaluates
             metrics: dict[str, float | None] = {}
             rollouts: list[Rollout] = []
             if step % config.eval_every == 0 or step == config.steps:
-                metrics |= score_held_out(sampler, grader, held_out, config)
-                if step > 0:
-                    weights = full_weights(policy.model, policy.model.config.dtype)
-                    run.export(step, metrics, weights, policy.model, tokenizer)
+                metrics |= evaluate(sampler, grader, held_out, config)
+                run.export(step, metrics, full_weights(policy.model, policy.model.config.dtype))
             if step < config.steps:
                 learned, rollouts = train_step(
                     config, step, problems, policy, optimizer, sampler, grader
                 )
                 metrics |= learned
             run.record(step, metrics, rollouts)
-            asked_to_stop = signals.on_any_rank()
-            if step < config.steps:
-                run.save_state(step + 1, at_once=asked_to_stop)
-            if asked_to_stop:
+            stop = asked_to_stop()
+            run.save_state(step + 1, at_once=stop)
+            if stop:
                 break
-        run.close(finished=step == config.steps)
-        grader.close()
-        sampler.close()
-    if step < config.steps:
-        run.ask_to_be_requeued()
+    return run.finished
+
+
+@contextmanager
+def start(config: Config) -> Iterator[tuple["Policy", torch.optim.Optimizer, "Sampler", Grader]]:
+    """Join the ranks; gives policy, optimizer, sampler and grader of this rank, and ends them."""
+    with ExitStack() as ends:
+        start_ranks()
+        ends.callback(end_ranks)
+        say(f"loading {config.model}")
+        policy = make_policy(config)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        grader = Grader(
+            config.template, config.grader_workers, config.grader_timeout, config.reward
+        )
+        ends.callback(grader.close)
+        say("starting vLLM: seconds on a CPU, a minute or more on a GPU")
+        shards = sum(parameter.to_local().nbytes for parameter in policy.parameters())
+        prompts = math.ceil(config.prompts_per_step / dist.get_world_size())  # of this rank
+        sampler = Sampler(
+            config.model,
+            config.max_prompt_tokens + config.max_response_tokens,
+            config.seed,
+            reserve=0 if config.offload else 2 * shards,  # Adam's moments, which are not there yet
+            sequences=prompts * config.samples_per_prompt,
+            can_sleep=True,
+        )
+        ends.callback(sampler.close)
+        if config.offload:  # AdamW runs on the CPU
+            give_threads_back()
+        yield policy, optimizer, sampler, grader
 
 
 # ---------------------------------------------------------------------------------- sampling
@@ -335,7 +370,7 @@ class Rollout:
     sampler_logprobs: list[float]  # of the response's tokens, at the sampling temperature
     text: str = ""
     finish_reason: str = ""  # "stop", or "length" for a truncated response
-    reward: float = 0.0  # after the rule for truncated responses
+    reward: float = 0.0  # after the rule for truncated responses; nan: the grading failed
     correct: bool | None = None  # the grader's verdict on the text; None: no verdict
     failure: str | None = None  # why the grading failed, if it did
     advantage: float = 0.0
@@ -345,13 +380,13 @@ class Rollout:
 
 
 class Sampler:
-    """vLLM in this process, one engine a rank, on the GPU that the policy trains on.
+    """vLLM in this process, one engine per rank, on the GPU that the policy trains on.
 
-    `context` is the longest prompt plus response, in tokens. Token ids go in and come out.
-    `tensor_parallel` consecutive ranks share one model and must get the same prompts.
-    `sequences`: responses sampled at once. The engine takes the memory that is free now, but for
-    `reserve` bytes and a margin (support/engine.py). Only a Sampler made with `can_sleep` can
-    give it back. Raises ValueError if there is too little.
+    A sampler of your own has these four methods: generate, sleep, wake, close.
+
+    `context` is the longest prompt plus response, in tokens. `sequences`: responses sampled at
+    once. The engine takes the memory that is free now, but for `reserve` bytes and a margin. Only
+    a Sampler made with `can_sleep` can give it back. Raises ValueError if there is too little.
     """
 
     def __init__(
@@ -359,31 +394,26 @@ class Sampler:
         model: str,
         context: int,
         seed: int = 0,
-        tensor_parallel: int = 1,
         reserve: int = 0,
-        dtype: str = DTYPE,
         sequences: int = 1024,
         can_sleep: bool = False,
     ):
         from vllm import LLM
 
-        self.tensor_parallel = tensor_parallel
-        self.dtype = getattr(torch, dtype)
+        self.model = model
         self.llm = LLM(
             model,
-            dtype=self.dtype,
+            dtype=DTYPE,
             # Logits in fp32, not rounded to bf16: so does the trainer (support/logprobs.py)
             hf_overrides={"head_dtype": "float32"},
             max_model_len=context,
             seed=seed,
-            tensor_parallel_size=tensor_parallel,
             distributed_executor_backend="external_launcher",  # a rank is a torchrun process
             logprobs_mode="processed_logprobs",  # of the distribution at this temperature
             load_format="safetensors",  # no pickle
             use_tqdm_on_load=False,
             **engine_settings(model, context, sequences, reserve, can_sleep),
         )
-        self.eos_ids = guards.eos_ids(self.llm)
 
     def generate(
         self,
@@ -393,21 +423,20 @@ class Sampler:
         max_tokens: int,
         temperature: float,
         stop: tuple[str, ...],
-        finished: Callable[[int, list[Rollout]], None] = lambda place, responses: None,
     ) -> list[list[Rollout]]:
-        """n responses to each problem; a draw depends on its seed and not on its neighbours.
+        """n responses to each problem, token ids in and token ids out.
 
-        A rollout's `problem` is the problem's place in the list. finished(place, responses) is
-        called as soon as all responses to the problem at this place are there. A stop string
-        stays in the text, and the token that completes it in the ids and in the loss.
+        A draw depends on its seed and not on its neighbours: to the bit on a CPU, up to rounding
+        in bf16 on a GPU. A rollout's `problem` is the problem's place in the list. A response ends
+        with EOS or a stop string, which stays in its ids; the stop string stays in its text, too.
         """
         from vllm import SamplingParams, TokensPrompt
-        from vllm.sampling_params import RequestOutputKind
 
-        engine, decode = self.llm.llm_engine, self.llm.get_tokenizer().decode
-        self.llm.reset_prefix_cache()  # what was sampled before must not change a bit
-        for place, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
-            params = SamplingParams(
+        tokenizer = self.llm.get_tokenizer()
+        self.llm.reset_prefix_cache()  # a full cache would make other sums than an empty one
+        ends = endings(self.model, stop)
+        params = [
+            SamplingParams(
                 n=n,
                 seed=seed,
                 temperature=temperature,
@@ -415,31 +444,28 @@ class Sampler:
                 logprobs=0,
                 flat_logprobs=True,
                 stop=list(stop),
+                stop_token_ids=list(ends),
                 include_stop_str_in_output=True,
                 detokenize=bool(stop),  # only to find stop strings: vLLM decodes token by token
-                output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            prompt = TokensPrompt(prompt_token_ids=problem.prompt_ids)
-            engine.add_request(str(place), prompt, params)
-        groups: dict[int, list[Rollout]] = {}
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                place = int(output.request_id)
-                groups[place] = [
-                    Rollout(
-                        place,
-                        problems[place].prompt_ids,
-                        list(response.token_ids),
-                        list(response.logprobs.logprobs),
-                        # without stop strings vLLM decodes nothing
-                        response.text or decode(response.token_ids, skip_special_tokens=True),
-                        response.finish_reason,
-                    )
-                    for response in output.outputs
-                ]
-                guards.check_endings(groups[place], self.eos_ids, stop)
-                finished(place, groups[place])
-        return [groups[place] for place in range(len(problems))]
+            for seed in seeds
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=problem.prompt_ids) for problem in problems]
+        bar = partial(tqdm, leave=False) if on_screen() else False
+        groups = []
+        for place, output in enumerate(self.llm.generate(prompts, params, use_tqdm=bar)):
+            group = []
+            for response in output.outputs:
+                ids, logprobs = list(response.token_ids), list(response.logprobs.logprobs)
+                # without stop strings vLLM decodes nothing
+                text = response.text or tokenizer.decode(ids, skip_special_tokens=True)
+                text += ends.get(ids[-1], "")
+                reason = response.finish_reason
+                group.append(
+                    Rollout(place, problems[place].prompt_ids, ids, logprobs, text, reason)
+                )
+            groups.append(group)
+        return groups
 
     def sleep(self) -> None:
         """Hand the GPU's memory to the policy; the engine has no weights until `wake`."""
@@ -451,18 +477,20 @@ class Sampler:
         """Take the memory back and load the policy's weights.
 
         Waking and loading are one method, so that nobody can sample with old weights. The prefix
-        cache is emptied: it holds keys and values of the old weights.
+        cache is emptied: it holds keys and values of the old weights. Raises RuntimeError if vLLM
+        did not take all weights.
         """
         if CUDA:
             gc.collect()
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["weights"])
-        names = set(policy.model.state_dict())
-        weights = guards.all_sent(full_weights(policy.model, self.dtype), names)
+        weights = full_weights(policy.model, DTYPE)
         self.llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": weights, "is_checkpoint_format": True}
         )
-        guards.refuse_rest(weights)
+        left_over = [name for name, _ in weights]
+        if left_over:
+            raise RuntimeError(f"vLLM did not take all weights. Left over: {', '.join(left_over)}")
         if CUDA:
             torch.cuda.empty_cache()  # what gathering left behind, before the cache is allocated
             self.llm.wake_up(tags=["kv_cache"])
@@ -491,43 +519,41 @@ def sample(
     problems: list[Problem],
     chosen: list[int],
     seeds: list[int],
-    n: int,
-    temperature: float,
     config: Config,
+    greedy: bool = False,
 ) -> list[Rollout]:
-    """This rank's share of n responses to each chosen problem, in the order of `chosen`.
+    """This rank's share of G responses to each chosen problem, in the order of `chosen`.
 
-    `chosen` are indices into `problems`, `seeds` one for each of them. The grader starts on a
-    problem's responses as soon as they are there, while others are still being sampled.
+    `chosen` are indices into `problems`, `seeds` one for each of them. `greedy`: one response each,
+    at temperature 0. Raises RuntimeError if a response stopped without EOS or a stop string.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     share = slice(len(chosen) * rank // world, len(chosen) * (rank + 1) // world)
     mine = [problems[index] for index in chosen[share]]
-
-    def grade_early(place: int, group: list[Rollout]) -> None:
-        texts, problem = [rollout.text for rollout in group], mine[place]
-        grader.start(texts, [problem.answers] * len(group), [problem.row] * len(group))
-
+    n, temperature = config.samples_per_prompt, config.temperature
+    if greedy:
+        n, temperature = 1, 0.0
     limit, stop = config.max_response_tokens, grader.template.stop
-    groups = sampler.generate(mine, seeds[share], n, limit, temperature, stop, grade_early)
+    groups = sampler.generate(mine, seeds[share], n, limit, temperature, stop)
     rollouts = []
     for index, group in zip(chosen[share], groups, strict=True):
         rollouts += [replace(rollout, problem=index) for rollout in group]
+    check_endings(rollouts, config.model, stop)
     return rollouts
 
 
 # ------------------------------------------------------------------------------------ reward
 
 
-def score(
-    grader: Grader, problems: list[Problem], rollouts: list[Rollout], n: int, config: Config
+def give_rewards(
+    grader: Grader, problems: list[Problem], rollouts: list[Rollout], config: Config
 ) -> list[Rollout]:
-    """Reward this rank's responses, n to a problem; returns all ranks' responses, with advantages.
+    """Reward this rank's responses; returns those of all ranks.
 
     A truncated response gets `truncated_reward`, even if it holds the right answer. It stays in its
-    group's mean and in the loss. Every rank gets all P*G responses: token ids are small, and then
-    updates, metrics and samples are the same on any number of ranks. Raises RuntimeError if most
-    gradings of all ranks fail.
+    group's mean and in the loss. Where the grading failed, the reward is nan: unknown, not wrong.
+    Every rank gets all responses: updates, metrics and samples are then the same on any number of
+    ranks. Raises RuntimeError if most gradings of all ranks fail.
     """
     asked = [problems[rollout.problem] for rollout in rollouts]
     verdicts = grader.verdicts(
@@ -539,19 +565,19 @@ def score(
         truncated = rollout.finish_reason == "length"
         rollout.reward = config.truncated_reward if truncated else verdict.reward
         rollout.correct, rollout.failure = verdict.correct, verdict.failure
-    rollouts = gather_rows(rollouts)
-    refuse_broken_reward(gather_rows(verdicts))
-    lowest = min(rollout.reward for rollout in rollouts)
-    guards.warn_if_truncation_pays(lowest, config.truncated_reward)
-    rewards = torch.tensor([rollout.reward for rollout in rollouts]).view(-1, n)  # (P, G)
-    advantages = group_advantages(rewards, config.divide_by_std and n > 1).flatten().tolist()
-    return [replace(r, advantage=a) for r, a in zip(rollouts, advantages, strict=True)]
+    everyone: list[Rollout] = []
+    all_verdicts: list[Verdict] = []
+    for rank_rollouts, rank_verdicts in from_all_ranks((rollouts, verdicts)):
+        everyone += rank_rollouts
+        all_verdicts += rank_verdicts
+    refuse_broken_reward(all_verdicts)
+    return everyone
 
 
-def score_held_out(
+def evaluate(
     sampler: Sampler, grader: Grader, problems: list[Problem], config: Config
 ) -> dict[str, float | None]:
-    """Metrics eval_... of one greedy response to each held-out problem.
+    """Metrics eval_... of one greedy response to each held-out problem; {} without problems.
 
     `eval_accuracy` is the share of right ones. A right answer in a truncated response counts in it,
     as in the paper and in eval.py; in the reward it does not.
@@ -562,8 +588,9 @@ def score_held_out(
     everyone = list(range(len(problems)))
     unused = [0] * len(problems)  # greedy sampling draws nothing
     with timed(seconds, "eval"):
-        rollouts = sample(sampler, grader, problems, everyone, unused, 1, 0.0, config)
-        rollouts = score(grader, problems, rollouts, 1, config)
+        rollouts = sample(sampler, grader, problems, everyone, unused, config, greedy=True)
+        rollouts = give_rewards(grader, problems, rollouts, config)
+    show_examples(rollouts)
     metrics = {f"eval_{key}": value for key, value in summarize(rollouts, 1).items()}
     return metrics | seconds
 
@@ -580,6 +607,7 @@ class MicroBatch:
     sampler_logprobs: torch.Tensor  # (B, T-1), 0 outside the response
     advantages: torch.Tensor  # (B,)
     problems: list[int]
+    denominator: float = 1.0  # of the whole update, on all ranks: N * L_max
     old_logprobs: torch.Tensor | None = None  # (B, T-1)
 
 
@@ -588,7 +616,7 @@ class MicroBatch:
 EMPTY_ROLLOUT = Rollout(problem=-1, prompt_ids=[0, 0], response_ids=[], sampler_logprobs=[])
 
 
-def collate(rollouts: list[Rollout]) -> MicroBatch:
+def collate(rollouts: list[Rollout], denominator: float = 1.0) -> MicroBatch:
     """Rollouts as the rows of one batch. A prompt [5, 6] with the response [7, 8, 1] becomes
 
     ids            5 6 7 8 1
@@ -610,6 +638,7 @@ def collate(rollouts: list[Rollout]) -> MicroBatch:
         sampler_logprobs.to(DEVICE),
         advantages.to(DEVICE),
         [rollout.problem for rollout in rollouts],
+        denominator,
     )
 
 
@@ -640,7 +669,7 @@ def micro_batches(
 def split_updates(
     rollouts: list[Rollout], config: Config, step: int, rank: int, world: int
 ) -> list[list[MicroBatch]]:
-    """This rank's micro-batches of each of the round's updates.
+    """This rank's micro-batches of each of the step's updates.
 
     The responses are shuffled, so that a group is spread over the updates. Those of zero advantage
     have no gradient: they are left out here and still count in N.
@@ -650,11 +679,12 @@ def split_updates(
     updates = []
     for indices in np.split(order, len(order) // config.responses_per_update):
         rows = [rollouts[index] for index in indices]
+        denominator = len(rows) * (1 if config.divide_by_length else config.max_response_tokens)
         active = [row for row in rows if row.advantage != 0]
         if not active:
             active = [min(rows, key=len)]  # one row, so that the gap is measured
         mine = micro_batches(active, config.tokens_per_microbatch, rank, world)
-        updates.append([collate(batch) for batch in mine])
+        updates.append([collate(batch, denominator) for batch in mine])
     return updates
 
 
@@ -679,7 +709,7 @@ class Policy(torch.nn.Module):
 
 
 def make_policy(config: Config) -> Policy:
-    """The policy in FSDP2 shards: fp32 master weights, computing in the run's dtype."""
+    """The policy in FSDP2 shards: fp32 master weights, computing in DTYPE."""
     model = AutoModelForCausalLM.from_pretrained(
         config.model,
         dtype="auto",
@@ -691,51 +721,32 @@ def make_policy(config: Config) -> Policy:
     policy = Policy(model)
     settings = {
         "mesh": mesh(),
-        "mp_policy": MixedPrecisionPolicy(getattr(torch, config.dtype), torch.float32),
+        "mp_policy": MixedPrecisionPolicy(DTYPE, reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=CUDA) if config.offload else OffloadPolicy(),
     }
     for layer in model.get_decoder().layers:
-        if config.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
         fully_shard(layer, **settings)
     fully_shard(policy, **settings)
     policy.float()  # the shards: no rank ever holds the whole model in fp32
     return policy
 
 
-def start(config: Config) -> tuple[Policy, torch.optim.Optimizer, Sampler, Grader]:
-    """Join the ranks; returns policy, optimizer, sampler and grader, all of this rank."""
-    start_ranks(training=True)
-    check_shared_folder(config.folder)
-    policy = make_policy(config)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True
-    )
-    grader = Grader(config.template, config.grader_workers, config.grader_timeout, config.reward)
-    shards = sum(parameter.to_local().nbytes for parameter in policy.parameters())
-    prompts = math.ceil(config.prompts_per_step / dist.get_world_size())  # of this rank
-    sampler = Sampler(
-        config.model,
-        config.max_prompt_tokens + config.max_response_tokens,
-        config.seed,
-        reserve=0 if config.offload else 2 * shards,  # Adam's moments, which are not there yet
-        dtype=config.dtype,
-        sequences=prompts * config.samples_per_prompt,
-        can_sleep=True,
-    )
-    if config.offload:  # AdamW runs on the CPU
-        give_threads_back()
-    return policy, optimizer, sampler, grader
+@torch.no_grad()
+def add_old_logprobs(policy: Policy, updates: list[list[MicroBatch]], config: Config) -> None:
+    """Store the log-probs of the policy as it is now, before the step's first update."""
+    for batches in updates:
+        for batch in batches:
+            batch.old_logprobs = policy(batch.ids, batch.response_mask, config.temperature)
 
 
-def forward_backward(policy, batch: MicroBatch, config: Config) -> dict[str, torch.Tensor]:
+def forward_backward(policy: Policy, batch: MicroBatch, config: Config) -> dict[str, torch.Tensor]:
     """Send one micro-batch through the policy and add its gradient to the update's.
 
     Returns sums over its response tokens. Raises FloatingPointError if the loss is not finite.
     """
     logprobs = policy(batch.ids, batch.response_mask, config.temperature)
     old_logprobs = batch.old_logprobs
-    if old_logprobs is None:  # in the round's first update the policy still is the old policy
+    if old_logprobs is None:  # in the step's first update the policy still is the old policy
         old_logprobs = logprobs.detach()
     log_importance = old_logprobs - batch.sampler_logprobs  # both are 0 outside the response
     tis_capped, importance_weights = torch.zeros(()), None
@@ -748,7 +759,7 @@ def forward_backward(policy, batch: MicroBatch, config: Config) -> dict[str, tor
         old_logprobs,
         batch.advantages,
         batch.response_mask,
-        config.denominator,
+        batch.denominator,
         config.clip_eps,
         config.divide_by_length,
         importance_weights,
@@ -765,56 +776,57 @@ def forward_backward(policy, batch: MicroBatch, config: Config) -> dict[str, tor
 
 
 def update(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    updates: list[list[MicroBatch]],
-    config: Config,
+    policy: Policy, optimizer: torch.optim.Optimizer, batches: list[MicroBatch], config: Config
 ) -> dict[str, float]:
-    """Make the round's updates. Returns metrics over all tokens trained, of all ranks.
+    """One optimizer step from this rank's micro-batches. Returns sums over all ranks.
 
-    Before an update is made, raises RuntimeError if the sampler's log-probs are not the trainer's
-    and FloatingPointError if a loss or the gradient is not finite.
+    An update without any signal has the gradient 0; Adam still moves the weights by its moments.
+    Raises RuntimeError if the sampler's log-probs are not the trainer's and FloatingPointError if
+    a loss or the gradient is not finite; the step is not made then.
     """
-    seconds: dict[str, float] = {}
-    before = guards.probe(policy)
-    # The old policy is the policy before the round's first update. That update uses its own
-    # log-probs; the later ones need the old policy's, computed here.
-    with timed(seconds, "old_logprobs"), torch.no_grad():
-        for batches in updates[1:]:
-            for batch in batches:
-                batch.old_logprobs = policy(batch.ids, batch.response_mask, config.temperature)
-    totals: dict[str, float] = defaultdict(float)
-    grad_norms = 0.0
-    for batches in updates:
-        sums: dict = defaultdict(float)
-        for batch in batches:
-            # Reduce gradients only on the last micro-batch; with offload, on each, because
-            # unreduced gradients need 4 bytes a weight on every GPU.
-            policy.set_requires_gradient_sync(config.offload or batch is batches[-1])
-            for key, value in forward_backward(policy, batch, config).items():
-                sums[key] += value
-        for key, value in all_reduce(sums).items():
-            totals[key] += value
-        guards.refuse_gap(totals["gap"] / totals["tokens"], config.max_gap, config.dtype)
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-        norm = norm.full_tensor().item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient's norm is {norm}; this update was not made.")
-        grad_norms += norm
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    metrics = {"loss": totals["loss"] / len(updates), "grad_norm": grad_norms / len(updates)}
+    sums: dict = defaultdict(float)
+    for batch in batches:
+        for key, value in forward_backward(policy, batch, config).items():
+            sums[key] += value
+    sums = all_reduce(sums)
+    refuse_gap(sums["gap"] / sums["tokens"], config.max_gap)
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    grad_norm = norm.full_tensor().item()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradient's norm is {grad_norm}; this update was not made.")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums | {"grad_norm": grad_norm}
+
+
+def refuse_gap(gap: float, max_gap: float | None) -> None:
+    """Raises RuntimeError if trainer and sampler differ too much, in nats per token on average."""
+    limit = MAX_GAP[DTYPE] if max_gap is None else max_gap
+    if not gap <= limit:
+        raise RuntimeError(
+            f"the log-probs of trainer and sampler differ by {gap:.3g} nats per token, above "
+            f"max_gap {limit:g}. Likely causes: the sampler has old weights (no wake after an "
+            "update) or a prefix cache of old weights; a weight was not sent to it; another "
+            "temperature, precision or prompt on one side. This update was not made."
+        )
+
+
+def learning_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Of a step, from the sums of its updates: means over updates, and over trained tokens."""
+    metrics = {}
+    for key in ("loss", "grad_norm"):
+        metrics[key] = sum(sums[key] for sums in updates) / len(updates)
+    tokens = sum(sums["tokens"] for sums in updates)
     for key in ("gap", "tis_capped", "clipped", "kl"):
-        metrics[key] = totals[key] / totals["tokens"]
-    moved = all_reduce({"moved": (guards.probe(policy) != before).sum(), "probed": before.numel()})
-    metrics["weights_moved"] = moved["moved"] / moved["probed"]
-    return metrics | seconds
+        metrics[key] = sum(sums[key] for sums in updates) / tokens
+    return metrics
 
 
 # ------------------------------------------------------------------------------- the command
 
 TOY = "runs/toy-base"
 MATH = "nlile/hendrycks-MATH-benchmark"
+PAPER = Config("math-7b", "Qwen/Qwen2.5-Math-7B", MATH, eval_dataset=MATH, save_every=4)
 PRESETS = {
     "toy": (
         "a 0.2M-parameter model learns arithmetic: minutes on two CPU cores",
@@ -852,32 +864,15 @@ PRESETS = {
     ),
     "math-1.5b": (
         "Qwen2.5-Math-1.5B on MATH, the paper's settings",
-        Config(
-            name="math-1.5b",
-            model="Qwen/Qwen2.5-Math-1.5B",
-            dataset=MATH,
-            eval_dataset=MATH,
-        ),
+        replace(PAPER, name="math-1.5b", model="Qwen/Qwen2.5-Math-1.5B"),
     ),
     "math-7b": (
         "Qwen2.5-Math-7B on MATH levels 3-5: the paper's recipe, for 8 GPUs",
-        Config(
-            name="math-7b",
-            model="Qwen/Qwen2.5-Math-7B",
-            dataset=MATH,
-            levels=(3, 4, 5),
-            eval_dataset=MATH,
-        ),
+        replace(PAPER, levels=(3, 4, 5)),
     ),
     "llama-3b-r1": (
         "Llama-3.2-3B-NuminaQA on MATH with the R1 template, as in the paper",
-        Config(
-            name="llama-3b-r1",
-            model="lkevinzc/Llama-3.2-3B-NuminaQA",
-            dataset=MATH,
-            template="r1",
-            eval_dataset=MATH,
-        ),
+        replace(PAPER, name="llama-3b-r1", model="lkevinzc/Llama-3.2-3B-NuminaQA", template="r1"),
     ),
 }
 
@@ -885,15 +880,17 @@ PRESETS = {
 def main() -> None:
     try:
         config = tyro.extras.overridable_config_cli(PRESETS, description=__doc__)
-        if config.model.startswith(TOY):
+        if config.model.startswith(TOY) and Path(__file__).with_name("toy.py").exists():
+            from toy import make_toy
+
             make_toy(TOY)
         prepared = prepare(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if is_finished(config):
         print(f"{config.folder} is finished: {config.steps} steps. --steps N goes on with it.")
-        return
-    train(config, *prepared)
+    elif not train(config, *prepared):
+        sys.exit(f"{config.folder} is stopped and saved. The same command goes on with it.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A toy world for the RL script: a small base model, pre-trained here, and arithmetic problems.
+"""A toy world for the RL script: a small base model and arithmetic problems.
 
 R1-Zero starts reinforcement learning from a *base* model: one that has only read text. What such
 a model writes when asked a question is a sample of what it has read, good and bad alike. So this
@@ -14,20 +14,30 @@ answers fail; but it has learned to add two, so worked ones succeed. Asked plain
 problem out only now and then. Reinforcement learning has to find this out from the reward alone.
 
 Nothing in here knows about RL: the outcome is an ordinary Hugging Face checkpoint and two JSONL
-files with the columns `problem` and `answer`. Run `python toy.py` to make them in runs/toy-base.
+files with the columns `problem` and `answer`.
+
+    python toy.py              # runs/toy-base: the model of toy_base/, and the problems. A second
+    python toy.py --rebuild    # the same, but the model is pre-trained anew. About two minutes
+
+The model was made by `--rebuild` once and is kept in toy_base/, so that everybody trains the same
+one: pre-trained on another CPU it differs, because sums are rounded in another order.
 """
 
+import argparse
 import json
 import math
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from tqdm import tqdm
-from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+# torch and transformers take seconds to import, and only --rebuild needs them. The functions that
+# use them import them.
+
+BASE = Path(__file__).with_name("toy_base")  # the model that comes with this file
+SEED = 0
 EOS, PAD, VOCAB = "<|endoftext|>", "<|pad|>", 320
 TERMS, TRAIN, TEST, DOCS = 4, 5000, 500, 45_000
 BATCH, PEAK_LR, WARMUP = 16, 3e-3, 30
@@ -41,6 +51,14 @@ def make_problem(rng):
         total = sum(terms)
         terms.append(rng.choice([d for d in range(-9, 10) if d != 0 and 0 <= total + d <= 9]))
     return tuple(terms)
+
+
+def draw_problems(rng):
+    """Different problems, the held-out ones first."""
+    problems = {}  # a dict is a set that remembers its order
+    while len(problems) < TEST + TRAIN:
+        problems[make_problem(rng)] = None
+    return list(problems)
 
 
 def question(terms):
@@ -92,13 +110,18 @@ def make_corpus(rng, held_out):
 
 def train_tokenizer(documents):
     """Byte-level BPE as in Qwen2 (each digit a token of its own), its few merges learned here."""
+    from transformers import Qwen2Tokenizer
+
     special = {"eos_token": EOS, "pad_token": PAD, "clean_up_tokenization_spaces": False}
     texts = (text.removesuffix(EOS) for text in documents)
     return Qwen2Tokenizer(**special).train_new_from_iterator(texts, VOCAB, show_progress=False)
 
 
-def init_model(tokenizer, seed):
+def init_model(tokenizer):
     """A Qwen2 of 0.2M parameters; heads of 32 are the smallest that vLLM runs on a CPU."""
+    import torch
+    from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+
     special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -116,7 +139,7 @@ def init_model(tokenizer, seed):
         **special,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED)
         model = Qwen2ForCausalLM(config)
     model.generation_config = GenerationConfig(**special)
     return model
@@ -124,6 +147,10 @@ def init_model(tokenizer, seed):
 
 def pretrain(model, tokenizer, documents, rng):
     """One pass of next-token prediction over the corpus, one document to a row."""
+    import torch
+    from tqdm import tqdm
+
+    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much when busy
     rows = [torch.tensor(ids[:LONGEST]) for ids in tokenizer(documents).input_ids]
     rows.sort(key=len)  # batches of like length hold little padding
     batches = [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
@@ -149,42 +176,47 @@ def pretrain(model, tokenizer, documents, rng):
         bar.set_postfix(loss=f"{loss.item():.2f}")
 
 
-def build_toy(folder, seed):
-    """Pre-train the model and write it and the problems into `folder`."""
-    rng = random.Random(seed)
-    problems = {}  # a dict is a set that remembers its order
-    while len(problems) < TRAIN + TEST:
-        problems[make_problem(rng)] = None
-    problems = list(problems)
-    documents = make_corpus(rng, set(problems[:TEST]))
-    tokenizer = train_tokenizer(documents)
-    model = init_model(tokenizer, seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much when busy
-    pretrain(model, tokenizer, documents, rng)
-    torch.set_num_threads(threads)
-    tokenizer.save_pretrained(folder / "model")
-    model.save_pretrained(folder / "model")
+def build_toy(folder, rebuild):
+    """Write the problems into `folder`, and the model beside them."""
+    rng = random.Random(SEED)
+    problems = draw_problems(rng)
+    if rebuild:
+        documents = make_corpus(rng, set(problems[:TEST]))
+        tokenizer = train_tokenizer(documents)
+        model = init_model(tokenizer)
+        pretrain(model, tokenizer, documents, rng)
+        tokenizer.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model")
+    else:
+        shutil.copytree(BASE, folder / "model")
     for name, part in [("test", problems[:TEST]), ("train", problems[TEST:])]:
         rows = [{"problem": question(terms), "answer": str(sum(terms))} for terms in part]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
-def make_toy(folder="runs/toy-base", seed=0):
+def make_toy(folder: Path | str = "runs/toy-base", rebuild: bool = False) -> None:
     """Make folder/model, folder/train.jsonl and folder/test.jsonl, unless they are there.
 
-    They are built beside the folder and renamed into place at the end, so an interrupted run
-    leaves no half of one; of several processes that want the toy, one builds and the others wait.
+    `rebuild` pre-trains the model anew, also if a folder is there. All is built beside the folder
+    and renamed into place at the end, so an interrupted run leaves no half of one. Of several
+    processes that want the toy, one builds it and the others wait.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
-        if not folder.exists():
-            with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-                build_toy(Path(temporary) / folder.name, seed)
-                (Path(temporary) / folder.name).rename(folder)
+        if folder.exists() and not rebuild:
+            return
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            new = Path(temporary) / folder.name
+            build_toy(new, rebuild)
+            shutil.rmtree(folder, ignore_errors=True)
+            new.rename(folder)
 
 
 if __name__ == "__main__":
-    make_toy()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rebuild", action="store_true", help="pre-train the model anew")
+    make_toy(rebuild=parser.parse_args().rebuild)

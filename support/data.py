@@ -1,6 +1,8 @@
 """Data: problems from files or the hub, the order in which a run takes them, and seeds."""
 
-import importlib.util
+import functools
+import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,10 @@ from typing import Any
 import numpy as np
 from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from support.grader import gold_answers
-from templates import Template, find_template
+from support.answers import gold_answers
+from templates import TEMPLATES, Template
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -27,36 +29,70 @@ class Problem:
     row: dict = field(default_factory=dict)  # all columns of the dataset, for a reward function
 
 
-def load_tokenizer(model: str, context: int, training: bool = False):
-    """The tokenizer of `model` (a folder or hub name), once it is sure that the model can be used.
+def load_tokenizer(model: str, context: int):
+    """The tokenizer of `model` (a folder or hub name), once it is sure that there is such a model.
 
-    Raises ValueError if there is no such model, if its context is below `context` tokens or, for
-    training, if it has dropout. Whether its log-probs come out right is for `check_model` to say.
+    Raises ValueError if there is none, if it has no safetensors, or if its context is below
+    `context` tokens. Whether its log-probs come out right is for `check_model` to say.
     """
     try:
         config = AutoConfig.from_pretrained(model).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no model at {model!r}: give the folder of a Hugging Face checkpoint or a hub name "
-            f"({error})"
+            f"no model at {model!r}: give the folder of a Hugging Face checkpoint or a hub name; "
+            f"`python toy.py` makes the toy's ({error})"
         ) from error
+    folder = Path(model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{model} has no *.safetensors file: load the model with transformers and save it with "
+            "save_pretrained, which writes one"
+        )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise ValueError(
             f"prompt and response may together have {context} tokens, but the context of {model} "
             f"is {longest}: lower --max-prompt-tokens or --max-response-tokens"
         )
-    drops = []
-    for key, value in config.to_dict().items():
-        if ("dropout" in key or key.endswith("pdrop")) and isinstance(value, float) and value > 0:
-            drops.append(key)
-    if training and drops:
-        raise ValueError(
-            f"{model} has dropout, with which no log-prob is ever the same twice: set "
-            f"{', '.join(drops)} to 0 in its config.json"
-        )
     return tokenizer
+
+
+@functools.cache
+def endings(model: str, stop: tuple[str, ...]) -> dict[int, str]:
+    """The token ids that end a response, each with the text that it must add.
+
+    These are EOS, which adds nothing, and stop strings that are special tokens: these do not show
+    in decoded text, so nobody who looks for the string would find it.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        eos = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # the model has no such file
+        eos = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+    ids = [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])]
+    ends = {index: "" for index in ids if index is not None}
+    for index, token in tokenizer.added_tokens_decoder.items():
+        if token.special and token.content in stop:
+            ends[index] = token.content
+    return ends
+
+
+def check_endings(rollouts: list, model: str, stop: tuple[str, ...]) -> None:
+    """A response that stopped by itself ends in EOS or in a stop string, and is trained with it.
+
+    The gap cannot show it: every token but the last may be right. Raises RuntimeError.
+    """
+    ends = endings(model, stop)
+    for rollout in rollouts:
+        ended_by_id = rollout.response_ids and rollout.response_ids[-1] in ends
+        ended_by_text = any(rollout.text.endswith(string) for string in stop)
+        if rollout.finish_reason == "stop" and not (ended_by_id or ended_by_text):
+            raise RuntimeError(
+                f"a response stopped, but its last token is {rollout.response_ids[-1:]}, which is "
+                f"neither EOS ({sorted(ends)}) nor the end of a stop string {stop}: the model "
+                "would not learn to stop"
+            )
 
 
 def load_rows(source: str, subset: str | None, split: str):
@@ -69,8 +105,10 @@ def load_rows(source: str, subset: str | None, split: str):
     if kind and not path.is_file():
         raise ValueError(
             f"no file {source}: give a {', '.join(FILES)} file, a folder that save_to_disk wrote, "
-            "or a hub dataset"
+            "or a hub dataset; `python toy.py` makes the toy's"
         )
+    if kind and path.stat().st_size == 0:
+        raise ValueError(f"{source} is empty")
     try:
         if kind:
             return load_dataset(kind, data_files=source, split="train")
@@ -79,12 +117,23 @@ def load_rows(source: str, subset: str | None, split: str):
             return load_dataset(source, subset, split=split)
         data = load_from_disk(source)
     except (OSError, ValueError, DatasetGenerationError) as error:
+        if path.suffix == ".jsonl":
+            refuse_broken_line(path)
         raise ValueError(f"cannot read {source!r} (split {split!r}): {error}") from error
     if not isinstance(data, DatasetDict):
         return data
     if split not in data:
         raise ValueError(f"{source} has no split {split!r}; it has {', '.join(map(repr, data))}")
     return data[split]
+
+
+def refuse_broken_line(file: Path) -> None:
+    """Raises ValueError that names the first line of a .jsonl file that is not JSON."""
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
 
 
 def load_problems(
@@ -115,8 +164,9 @@ def load_problems(
     missing = [column for column in needed if column not in rows.column_names]
     if missing:
         raise ValueError(
-            f"{source} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}: "
-            "set --problem-column, --answer-column"
+            f"{source} has no column {', '.join(missing)}; it has {', '.join(rows.column_names)}. "
+            "Set --problem-column and --answer-column, or write a file with a column of what the "
+            "model is asked"
         )
     problems: list[Problem] = []
     dropped = {"level": 0, "no_answer": 0, "too_long": 0}
@@ -124,10 +174,12 @@ def load_problems(
         text = row[problem_column]
         if not isinstance(text, str):
             raise ValueError(f"{source}: column {problem_column} must hold text, not {text!r}")
-        golds = golds_of(row, answer_column, answer_marker, needs_answer, source)
-        prompt = template.render(text)
+        golds: list[str] = []  # a reward of one's own finds what it needs in the row
+        if needs_answer:
+            golds = golds_of(row[answer_column], answer_marker, f"{source}, {answer_column}")
+        prompt = template.render(text, tokenizer)
         ids = prompt_ids(tokenizer, prompt)
-        if levels and row["level"] not in levels:
+        if levels and level_of(row) not in levels:
             dropped["level"] += 1
         elif needs_answer and not golds:
             dropped["no_answer"] += 1
@@ -140,21 +192,22 @@ def load_problems(
     return problems, dropped
 
 
-def golds_of(
-    row: dict, column: str, marker: str | None, needs_answer: bool, source: str
-) -> list[str]:
+def golds_of(cell: Any, marker: str | None, place: str) -> list[str]:
     """The golds of a row. Raises ValueError that names the column if it holds something else."""
-    answer = row.get(column)
-    if answer is None:
+    if cell is None:
         return []
-    if marker and isinstance(answer, str):
-        answer = answer.rpartition(marker)[2]
+    if marker and isinstance(cell, str):
+        cell = cell.rpartition(marker)[2]
     try:
-        return gold_answers(answer)
+        return gold_answers(cell)
     except TypeError as error:
-        if not needs_answer:  # a reward function may find anything there
-            return []
-        raise ValueError(f"{source}, column {column}: {error}") from error
+        raise ValueError(f"{place}: {error}") from error
+
+
+def level_of(row: dict) -> int | None:
+    """5 of the level 5, "5" or "Level 5"; None of anything else."""
+    digits = re.search(r"\d+", str(row["level"]))
+    return int(digits[0]) if digits else None
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
@@ -169,38 +222,24 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 def load_data(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
     """Tokenizer, problems, held-out problems, and counts of dropped rows; raises ValueError."""
     context = config.max_prompt_tokens + config.max_response_tokens
-    tokenizer = load_tokenizer(config.model, context, training=True)
-    template = find_template(config.template, tokenizer)
-
-    def load(source: str, split: str, levels: tuple[int, ...]):
-        return load_problems(
-            source,
-            tokenizer,
-            template,
-            config.max_prompt_tokens,
-            config.subset,
-            split,
-            config.problem_column,
-            config.answer_column,
-            levels,
-            config.answer_marker,
-            needs_answer=config.reward == "math",
-        )
-
-    problems, dropped = load(config.dataset, config.split, config.levels)
+    tokenizer = load_tokenizer(config.model, context)
+    load = functools.partial(
+        load_problems,
+        tokenizer=tokenizer,
+        template=TEMPLATES[config.template],
+        max_prompt_tokens=config.max_prompt_tokens,
+        subset=config.subset,
+        problem_column=config.problem_column,
+        answer_column=config.answer_column,
+        answer_marker=config.answer_marker,
+        needs_answer=config.reward == "math",
+    )
+    problems, dropped = load(config.dataset, split=config.split, levels=config.levels)
     held_out: list[Problem] = []
     if config.eval_dataset:
-        held_out, lost = load(config.eval_dataset, config.eval_split, ())
+        held_out, lost = load(config.eval_dataset, split=config.eval_split)
         dropped |= {f"eval_{reason}": count for reason, count in lost.items()}
     return tokenizer, problems, held_out, dropped
-
-
-def check_tracker(track: str) -> None:
-    """Raises ValueError if a package that the tracker needs is missing."""
-    packages = {"no": (), "tensorboard": ("tensorboard",), "wandb": ("tensorboard", "wandb")}
-    for package in packages[track]:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"--track {track} needs `pip install {package}`")
 
 
 def step_problems(count: int, step: int, per_step: int, seed: int) -> list[int]:

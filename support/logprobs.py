@@ -1,17 +1,26 @@
 """Log-probs of response tokens, without padding and without ever holding all logits.
 
 `definition` says in five lines what is computed. `token_logprobs` computes the same and is what
-training calls: rows lie end to end, and the head works a chunk at a time.
+training calls: rows lie end to end, and the head works a chunk at a time. `check_model` refuses a
+model for which the two differ.
 
 Shapes: B rows of T tokens, S of them real, R response tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 LOGITS_AT_ONCE = 2**27  # rows * V of a chunk of the head: 0.5 GiB in fp32
 MAX_HEAD_SIZE = 256  # of the attention kernel for GPUs, FlashAttention 2
@@ -69,7 +78,6 @@ def token_logprobs(
 # --------------------------------------------------------------------------------- attention
 
 
-@torch.compiler.disable
 def packed_attention(
     module,
     query: torch.Tensor,
@@ -80,19 +88,24 @@ def packed_attention(
     *,
     lengths: torch.Tensor | None = None,
     ends: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     **others,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each of B rows laid end to end, as transformers calls it.
 
     query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d). lengths: (B,) on the CPU;
-    ends: (B+1,) from 0 to S, where rows end. Raises ValueError where the model wants any other
-    attention: `others` are the keywords by which it would say so.
+    ends: (B+1,) from 0 to S, where rows end. What else a model asks for in `others` is not done:
+    check_model sees whether it matters. Raises ValueError if a row is longer than the model's
+    sliding window.
     """
     if lengths is None:
         raise ValueError("the model does not pass `lengths` and `ends` on to its attention")
     longest = lengths.max().item()
-    refuse_other_attention(longest, attention_mask=attention_mask, **others)
-    refuse_head_size(query.shape[-1], value.shape[-1])
+    if sliding_window is not None and sliding_window < longest:
+        raise ValueError(
+            f"the model has a sliding window of {sliding_window}, and a row has {longest} tokens: "
+            "packed_attention has no window, so rows must be no longer"
+        )
     if query.is_cuda:
         return all_rows_at_once(query, key, value, ends, longest, scaling), None
     return row_by_row(query, key, value, lengths, scaling), None
@@ -126,36 +139,6 @@ def row_by_row(query, key, value, lengths, scaling) -> torch.Tensor:
         )
         outputs.append(out)
     return torch.cat(outputs, dim=2).transpose(1, 2)
-
-
-def refuse_other_attention(
-    longest: int,
-    sliding_window: int | None = None,
-    is_causal: bool | None = None,
-    position_ids: torch.Tensor | None = None,  # `lengths` says the same
-    **others,
-) -> None:
-    """Raise ValueError unless transformers asks for plain causal attention in the longest row."""
-    if sliding_window is not None and sliding_window < longest:
-        raise ValueError(
-            f"attention is asked for sliding_window={sliding_window}, and a row has {longest} "
-            "tokens: packed_attention has no window, so rows must be no longer"
-        )
-    if is_causal is False:
-        raise ValueError("attention is asked for is_causal=False: packed_attention is causal")
-    for name, value in others.items():
-        switched_off = isinstance(value, bool | int | float) and value == 0  # e.g. dropout=0.0
-        if value is not None and not switched_off:
-            raise ValueError(f"attention is asked for `{name}`, which packed_attention ignores")
-
-
-def refuse_head_size(of_queries: int, of_values: int) -> None:
-    """Raise ValueError, on any device, for a head that FlashAttention cannot take on a GPU."""
-    if of_queries != of_values or of_queries > MAX_HEAD_SIZE or of_queries % 8 != 0:
-        raise ValueError(
-            f"attention has heads of size {of_queries} and values of size {of_values}: on a GPU "
-            f"both must be one multiple of 8, at most {MAX_HEAD_SIZE}"
-        )
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -212,3 +195,116 @@ def logits_fp32(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) 
 def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b in fp32. The factors may be bf16, and the sums are never rounded to bf16."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+# ----------------------------------------------------------------------- the trial of a model
+
+TOLERANCE = 1e-4  # nats per token, in fp32. Measured: right families 2e-6, wrong ones 5e-3 and more
+SHORT_ROWS = (7, 12)  # tokens
+
+
+def check_model(model: str, longest: int) -> None:
+    """Return if `model`, a folder or hub name, can be trained on rows of up to `longest` tokens.
+
+    Training never calls a model as it is: `token_logprobs` has an attention and a head of its own.
+    No list of names says for which models that is right. It is tried, on a tiny model of the same
+    kind with random weights. Raises ValueError, which names the model and says why it cannot be
+    trained.
+    """
+    try:
+        problem = find_problem(AutoConfig.from_pretrained(model), longest)
+    except Exception as error:  # an unknown architecture may raise anything
+        reason = f"{type(error).__name__}: {error}"[:500]
+        raise ValueError(f"{model} cannot be trained, a trial ended with {reason}") from error
+    if problem:
+        raise ValueError(f"{model} cannot be trained: {problem}")
+
+
+def find_problem(config: PreTrainedConfig, longest: int) -> str | None:
+    """Why a model of this configuration cannot be trained; None if it can."""
+    size = head_size(config.get_text_config())
+    if size > MAX_HEAD_SIZE or size % 8 != 0:
+        return f"FlashAttention takes heads of a multiple of 8, at most {MAX_HEAD_SIZE}: not {size}"
+    fast, own = two_tiny_models(config)
+    if not hasattr(own.get_decoder(), "layers"):
+        return "its decoder has no `layers`, which make_policy shards one by one"
+    for name, weight in own.named_parameters():
+        if weight.dim() > 2:
+            return (
+                f"{name} has {weight.dim()} dimensions. Stacked experts have another shape in "
+                "vLLM, and convolutions see tokens of other rows"
+            )
+    error = largest_error(fast, own, SHORT_ROWS)
+    if not error <= TOLERANCE:
+        return (
+            f"token_logprobs differs by {error:.2g} nats from its own log-probs: its layers or its "
+            "head do something that support/logprobs.py does not (dropout in config.json, too)"
+        )
+    # What begins to matter only in long rows: sliding windows, rotary scaling by the longest row
+    error = largest_error(fast, own, (SHORT_ROWS[0], longest))
+    if not error <= TOLERANCE:
+        return (
+            f"beside a row of {longest} tokens, token_logprobs differs by {error:.2g} nats from "
+            "its own log-probs, and beside short rows it does not: lower --max-prompt-tokens or "
+            "--max-response-tokens"
+        )
+    return None
+
+
+def head_size(text: PreTrainedConfig) -> int:
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def tiny(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a tiny model with layers of each kind that the real one has."""
+    config = deepcopy(config)
+    text = config.get_text_config()
+    layers = text.num_hidden_layers
+    per_layer = []  # settings with one value for each layer, e.g. layer_types
+    for setting in vars(text).values():
+        if isinstance(setting, list | tuple) and len(setting) == layers:
+            per_layer.append(setting)
+    kinds = [str([setting[index] for setting in per_layer]) for index in range(layers)]
+    last_new_kind = max(kinds.index(kind) for kind in kinds)
+    text.num_hidden_layers = min(layers, max(8, last_new_kind + 1))
+    size = head_size(text)
+    text.num_attention_heads, text.num_key_value_heads = 2, 1
+    text.hidden_size, text.intermediate_size, text.vocab_size = 2 * size, 64, 128
+    text.pad_token_id = 0  # the old one may be outside of the vocabulary
+    return config
+
+
+def build(config: PreTrainedConfig, **settings) -> PreTrainedModel:
+    """A model in fp32 as its class initialises it."""
+    config = deepcopy(config)  # building a model changes it
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **settings)
+
+
+def two_tiny_models(config: PreTrainedConfig) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same random model twice: as training runs it, and with its own attention."""
+    config = tiny(config)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        fast = build(config, attn_implementation="packed").train()
+        # A new model has biases of 0 and scales of 1: nobody would see that one is left out
+        for weight in fast.parameters():
+            std = 0.2 if weight.dim() == 1 else weight.shape[-1] ** -0.5
+            weight += std * torch.randn_like(weight)
+        own = build(config).eval()
+    own.load_state_dict(fast.state_dict())
+    return fast, own
+
+
+@torch.no_grad()
+def largest_error(fast: PreTrainedModel, own: PreTrainedModel, lengths: tuple[int, ...]) -> float:
+    """How far a token's log-prob in packed rows can be from that of the row alone, in nats."""
+    vocab_size = len(own.get_output_embeddings().weight)
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+    masks = [torch.ones(length - 1) for length in lengths]
+    ids = pad_sequence(rows, batch_first=True)
+    packed = token_logprobs(fast, ids, pad_sequence(masks, batch_first=True))
+    errors = []
+    for row, logprobs in zip(rows, packed, strict=True):
+        errors.append((logprobs[: len(row) - 1] - definition(own, row)).abs())
+    return torch.cat(errors).max().item()

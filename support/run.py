@@ -1,56 +1,222 @@
-"""A run in runs/NAME: whether this command may begin it or go on with it, and all that it leaves.
+"""A run: its ranks, the memory of its engine, and what it leaves in runs/NAME.
 
-A run is known by its settings and by fingerprints of its data, base model, code and reward file,
-which are in its config.json.
+runs/NAME/model        a link to the newest export: a Hugging Face checkpoint, always a whole one
+runs/NAME/state/STEP   fp32 weights and optimizer before step STEP, for any number of ranks
+runs/NAME/...          the records: see support/records.py
 """
 
+import gc
 import hashlib
+import itertools
 import json
+import logging
+import math
 import os
 import shlex
+import shutil
+import signal
 import sys
+import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
-
-from support.checkpoint import (
-    StateKeeper,
-    newest_whole_state,
-    read_json,
-    save_model,
-    saved_steps,
-    sha256_of,
-    weights_fingerprint,
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
 )
-from support.data import Problem, check_tracker, load_data
-from support.engine import refuse_unusable_gpu
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.logging import disable_progress_bar
+
+from support.data import Problem, load_data
 from support.grader import check_reward
-from support.metrics import RunLog, headline, versions
-from support.models import check_model
-from support.ranks import REQUEUE, from_rank_0
+from support.logprobs import check_model
+from support.records import Records, check_tracker, read_json, status, versions
+from templates import TEMPLATES
 
-# Settings that leave the responses and the gradient as they are
-MAY_CHANGE = (
-    "steps",
-    "save_every",
-    "eval_every",
-    "track",
-    "grader_workers",
-    "grader_timeout",
-    "max_gap",
-    "tokens_per_microbatch",
-    "activation_checkpointing",
-    "offload",
-    "compile",
-)
-HERE = Path(__file__).parents[1]
-REQUEUE_FILE = "requeue"  # in runs/NAME of a run that was asked to stop and wants to go on
+# --------------------------------------------------------------------------------------- ranks
+
+
+GROUPS = itertools.count()  # of this process, one after the other
+
+
+def start_ranks() -> None:
+    """Join the process group that torchrun describes; without torchrun, a group of one."""
+    # What the policy frees can go back to the GPU. To be set before CUDA starts
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    for key, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+        os.environ.setdefault(key, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keep the engine in this process
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    # What vLLM and transformers print while they load helps nobody. Errors are still shown, and
+    # VLLM_LOGGING_LEVEL=INFO shows all
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").addHandler(logging.NullHandler())  # before vLLM sets up its own
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    disable_progress_bar()
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world = next(dist.rendezvous("env://"))
+    # torchrun's store still has the addresses of an earlier group of this process
+    store = dist.PrefixStore(f"group {next(GROUPS)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+
+
+def end_ranks() -> None:
+    """Leave the process group, and what vLLM has built upon it."""
+    if "vllm.distributed.parallel_state" in sys.modules:
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mesh() -> DeviceMesh:
+    """Ranks as FSDP uses them: (ranks,), or (nodes, ranks of a node) on several nodes.
+
+    Weights are sharded over the ranks of a node and copied on every node, so that only gradients
+    travel between nodes.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    world = dist.get_world_size()
+    ranks_of_a_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    nodes = world // ranks_of_a_node
+    if nodes == 1:
+        return init_device_mesh(device, (world,))
+    return init_device_mesh(device, (nodes, ranks_of_a_node), mesh_dim_names=("nodes", "ranks"))
+
+
+def all_reduce(values: dict) -> dict[str, float]:
+    """Each value's sum over the ranks."""
+    vector = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
+    dist.all_reduce(vector)
+    return dict(zip(values, vector.tolist(), strict=True))
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in the order of the ranks. All ranks get all of them."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def timed(metrics: dict, phase: str) -> Iterator[None]:
+    """Enter how long the block took as seconds_PHASE, what it started on the GPU included."""
+    status(phase)
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    metrics[f"seconds_{phase}"] = time.perf_counter() - start
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Lets a run finish its step when it is asked to stop, by SIGTERM or SIGINT (Ctrl-C).
+
+    Gives a function that says whether any rank was asked to; all ranks must call it. Another
+    signal, seconds later, ends the process at once.
+    """
+    received: list[float] = []  # when
+
+    def note(number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if received and now - received[0] < 3:  # the same one, by way of torchrun
+            return
+        if received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        received.append(now)
+        name = signal.Signals(number).name
+        print(f"{name}: the step in flight is finished and saved; again: stop now", file=sys.stderr)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: all_reduce({"asked": bool(received)})["asked"] > 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# -------------------------------------------------------------------------------------- engine
+
+BLOCK = 16  # tokens of vLLM's cache that belong together
+FEWEST_SEQUENCES = 256  # that an engine can have in flight
+
+
+def cache_bytes(config: PreTrainedConfig, tokens: int, bytes_per_number: int = 2) -> int:
+    """Of the keys and values of so many tokens, in all layers."""
+    c = config.get_text_config()
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    return tokens * 2 * c.num_hidden_layers * heads * size * bytes_per_number
+
+
+def engine_settings(
+    model: str, context: int, sequences: int, reserve: int, can_sleep: bool
+) -> dict[str, int | float | bool]:
+    """Arguments of vLLM's LLM that depend on the machine. On a CPU they are always the same.
+
+    context: tokens of the longest prompt plus response; sequences: how many are sampled at once;
+    reserve: bytes of the GPU that must stay free. Raises ValueError if nothing is left for the
+    engine.
+    """
+    if not torch.cuda.is_available():
+        return {
+            "kv_cache_memory_bytes": 2**30,
+            "enforce_eager": True,
+            # vLLM's CPU build cannot cut a prompt with a seed: "CPU Generator does not use offset"
+            "enable_chunked_prefill": False,
+        }
+    dist.all_reduce(torch.zeros(1, device="cuda"))  # NCCL takes its memory now
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    room = 0.95 * free - reserve
+    if room <= 0:
+        raise ValueError(f"no room for vLLM beside {model}: --offload, or more GPUs")
+    sequences = BLOCK * math.ceil(max(sequences, FEWEST_SEQUENCES) / BLOCK)
+    settings = {
+        "gpu_memory_utilization": room / total,
+        "enable_sleep_mode": can_sleep,
+        "max_num_seqs": sequences,
+        "max_cudagraph_capture_size": sequences,  # CUDA graphs have sizes of 16
+    }
+    # A small model would fill the GPU with millions of blocks that nobody needs, each of them a
+    # Python object. With this setting vLLM does not measure what it can have, so it is given only
+    # where it is surely small.
+    needed = cache_bytes(AutoConfig.from_pretrained(model), sequences * (context + BLOCK))
+    if needed < room / 2:
+        settings["kv_cache_memory_bytes"] = needed
+    return settings
+
+
+def give_threads_back() -> None:
+    """Let this rank compute on its share of the machine's cores.
+
+    On a GPU vLLM sets the process to one thread, and so does torchrun. With `offload` AdamW runs
+    on the CPU and needs more.
+    """
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+# ------------------------------------------------------------------------- before a run begins
 
 
 def prepare(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
@@ -59,107 +225,186 @@ def prepare(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
     Returns the tokenizer, problems, held-out problems, and counts of dropped rows. Raises
     ValueError that says what to change.
     """
-    refuse_unusable_gpu()
     check_tracker(config.track)
     tokenizer, problems, held_out, dropped = load_data(config)
-    check_reward(config.reward, problems[0].row)
+    check_reward(config.reward, [part[0].row for part in (problems, held_out) if part])
     if os.environ.get("RANK", "0") == "0":  # if it ends with an error, torchrun ends the others
-        check_run(config, fingerprints(config, problems, held_out))
-        if not is_finished(config):
-            refuse_read_only(config.folder)
+        check_folder(config, what_is_asked(config, problems, held_out))
         check_model(config.model, config.max_prompt_tokens + config.max_response_tokens)
     return tokenizer, problems, held_out, dropped
 
 
-def fingerprints(config, problems: list[Problem], held_out: list[Problem]) -> dict[str, str]:
-    """sha256 of all that a run depends on beside its settings."""
-    data = [[(problem.text, problem.answers) for problem in part] for part in (problems, held_out)]
-    code = [HERE / "drgrpo.py", HERE / "templates.py", *sorted((HERE / "support").glob("*.py"))]
-    reward = "math"
-    if config.reward != "math":
-        reward = sha256_of(Path(config.reward.rpartition(":")[0]))
-    return {
-        "problems": hashlib.sha256(json.dumps(data).encode()).hexdigest(),
-        "model": weights_fingerprint(config.model),
-        "code": hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest(),
-        "reward": reward,
-    }
+def what_is_asked(config, problems: list[Problem], held_out: list[Problem]) -> str:
+    """sha256 of prompts, golds and stop strings, in order; of whole rows for one's own reward."""
+    asked: list = [TEMPLATES[config.template].stop]
+    for problem in (*problems, *held_out):
+        graded_by = problem.answers if config.reward == "math" else problem.row
+        asked.append([problem.prompt_ids, graded_by])
+    return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
 
 def is_finished(config) -> bool:
     """Whether the run has made all its steps, and all that comes after them."""
-    run = read_json(config.folder / "config.json")
-    return run is not None and run.get("finished") is not None and run["finished"] >= config.steps
+    run = read_json(config.folder / "config.json") or {}
+    return (run.get("finished") or -1) >= config.steps
 
 
-def refuse_read_only(folder: Path) -> None:
-    """Raises ValueError if the folder cannot be written to, or not be made."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(there, os.W_OK):
-        raise ValueError(
-            f"{there.resolve()} cannot be written to, and {folder} would hold the run: make it "
-            "writable, or start from another folder"
-        )
+def check_folder(config, asked: str) -> None:
+    """Whether the run may begin in its folder, or go on there. Prints settings that changed.
 
-
-def check_run(config, prints: dict[str, str]) -> None:
-    """Whether this command may begin the run, or go on with it.
-
-    Raises ValueError if the folder holds another run. Warns if the code has changed meanwhile.
+    Raises ValueError if the folder cannot be written to, or holds a run on other data.
     """
-    run = read_json(config.folder / "config.json")
-    if run is None:
-        if (config.folder / "metrics.jsonl").exists():
-            raise ValueError(
-                f"{config.folder} holds a run without config.json: remove it, or choose a --name"
-            )
-        return
-    if "settings" not in run:
+    folder = config.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"{folder} cannot hold the run: {error}. Choose another folder") from error
+    run = read_json(folder / "config.json") or {}
+    steps = saved_steps(folder / "state")
+    if not steps and not run.get("finished"):
+        return  # nothing is there to go on with: the run begins
+    for key, value in json.loads(json.dumps(asdict(config))).items():  # tuples become lists
+        before = run.get("settings", {}).get(key, value)
+        if before != value and key != "name":
+            print(f"{folder}: {key} was {before}, is {value}")
+    if run.get("asked") != asked:
         raise ValueError(
-            f"{config.folder} holds a run of an older version: remove it, or choose a --name"
-        )
-    settings = json.loads(json.dumps(asdict(config)))  # tuples become lists, as in the file
-    different = []
-    for key, value in settings.items():
-        before = run["settings"].get(key)
-        if key not in MAY_CHANGE and before != value:
-            different.append(f"{key} was {before!r} and is {value!r}")
-    for key in ("problems", "model"):
-        if run["fingerprints"][key] != prints[key]:
-            different.append(
-                f"the {key} are others: sha256 {run['fingerprints'][key][:8]} before, "
-                f"{prints[key][:8]} now"
-            )
-    steps = saved_steps(config.folder / "state")
-    if run["finished"] and not steps and not is_finished(config):
-        raise ValueError(
-            f"{config.folder} is finished after {run['finished']} steps, and no state to go on "
-            "from is left: remove or rename the folder, or choose a --name"
-        )
-    if steps and steps[0] > config.steps:
-        different.append(f"it has {steps[0]} steps already, and steps is {config.steps}")
-    if different:
-        raise ValueError(
-            f"{config.folder} holds another run: {'; '.join(different)}. Give what was, remove the "
+            f"{folder} holds a run that was asked something else: the data, the template or the "
+            "tokenizer's chat template (today's date in it?) changed. Give what was, remove the "
             "folder, or choose a --name"
         )
-    changed = [key for key in ("code", "reward") if run["fingerprints"][key] != prints[key]]
-    if changed and is_finished(config):
+    if steps and steps[0] > config.steps:
+        raise ValueError(f"{folder} has made {steps[0]} steps already: --steps must not be fewer")
+    if not steps and not is_finished(config):
         raise ValueError(
-            f"{config.folder} is finished, but the {' and the '.join(changed)} changed since: its "
-            "results are those of the old one. Remove or rename the folder, or choose a --name"
+            f"{folder} is finished after {run['finished']} steps, and no state to go on from is "
+            "left: remove or rename the folder, or choose a --name"
         )
-    if changed:
-        warnings.warn(
-            f"the {' and the '.join(changed)} changed since {config.folder} was started: the rest "
-            "of the run is made with the new one",
-            stacklevel=2,
-        )
+
+
+# ---------------------------------------------------------------------------------- the states
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+class States:
+    """Saves all that a run needs to go on, and loads it again.
+
+    A save copies the tensors and writes them in a thread while the run goes on. torch writes the
+    file .metadata last: a folder without it is no state. A failed save warns and is counted; the
+    second one in a row raises. There must have been an update before the first save: Adam has no
+    state before it.
+    """
+
+    def __init__(self, folder: Path, policy: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.folder = folder  # of the states
+        self.policy = policy
+        self.optimizer = optimizer
+        # The thread's collective operations must not mix with those of the step
+        self.group = dist.new_group(backend="gloo")
+        self.saving: Any = None  # a Future
+        self.failed = 0  # saves in a row
+
+    def shards(self) -> dict[str, dict[str, Any]]:
+        """This rank's, by name."""
+        policy, optimizer = get_state_dict(self.policy, self.optimizer, options=FLAT)
+        return {"policy": policy, "optimizer": optimizer}
+
+    def save(self, step: int) -> None:
+        """Begin to save the state before step `step`."""
+        self.wait()
+        target = self.folder / str(step)
+        if dist.get_rank() == 0:
+            shutil.rmtree(target, ignore_errors=True)  # what a killed save left, or a damaged state
+        self.saving = dcp.async_save(self.shards(), checkpoint_id=target, process_group=self.group)
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, and remove all states but the last two. Raises
+        RuntimeError if the save failed and the one before it, too."""
+        if self.saving is None:
+            return
+        saving, self.saving = self.saving, None
+        try:
+            saving.result()
+            self.failed = 0
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self.failed += 1
+            free = shutil.disk_usage(self.folder.parent).free / 1e9  # torch hides what a disk says
+            message = (
+                f"the state could not be saved in {self.folder}: {reason(error)} "
+                f"({free:,.3f} GB are free on that disk)"
+            )
+            if self.failed > 1:
+                raise RuntimeError(f"twice in a row, {message}") from error
+            warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)
+        if dist.get_rank() == 0 and self.folder.exists():
+            kept = saved_steps(self.folder)[:2]
+            for folder in self.folder.iterdir():
+                if folder.name.isdigit() and int(folder.name) not in kept:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def load(self) -> int:
+        """Load the newest state that can be loaded. Returns its step, 0 if there is no state.
+
+        Raises ValueError if none can be loaded, or if ranks do not see the same folder.
+        """
+        steps = saved_steps(self.folder)
+        seen = from_all_ranks((self.folder.parent.exists(), steps))
+        if any(other != seen[0] for other in seen):
+            raise ValueError(
+                f"ranks see different states in {self.folder}: it must be on a disk that all nodes "
+                "share"
+            )
+        for step in steps:
+            state = self.shards()
+            try:
+                dcp.load(state, checkpoint_id=self.folder / str(step), process_group=self.group)
+            except CheckpointException as error:
+                warnings.warn(
+                    f"the state {self.folder / str(step)} is damaged: {reason(error)}",
+                    stacklevel=2,
+                )
+                continue
+            policy, optimizer = state["policy"], state["optimizer"]
+            set_state_dict(
+                self.policy,
+                self.optimizer,
+                model_state_dict=policy,
+                optim_state_dict=optimizer,
+                options=FLAT,
+            )
+            return step
+        if steps:
+            raise ValueError(
+                f"every state in {self.folder} is damaged: remove {self.folder.parent} to start "
+                "again, or put back a copy of a state"
+            )
+        return 0
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the states that are complete, the newest first."""
+    names = [path.parent.name for path in folder.glob("*/.metadata")]
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line: a CheckpointException prints the traceback of every rank."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    failures = sorted(error.failures.items())
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in failures)
+
+
+# ----------------------------------------------------------------------------------- the run
 
 
 class Run:
     """What a run leaves in its folder: records, models, and states from which it goes on.
 
+    A context manager: at the end, also by an error, it waits for a save that is under way.
     Made after the engine has taken its share of the memory. If there is a state, the newest one is
     loaded into policy and optimizer, and `first_step` is its step.
     """
@@ -167,96 +412,96 @@ class Run:
     def __init__(
         self,
         config,
+        tokenizer,
         problems: list[Problem],
         held_out: list[Problem],
         dropped: dict[str, int],
         policy: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
     ):
-        self.config = config
-        self.problems = problems
-        self.keeper = StateKeeper(config.folder / "state", policy, optimizer)
-        is_rank_0 = dist.get_rank() == 0
-        found = newest_whole_state(config.folder / "state") if is_rank_0 else None
-        self.first_step, facts = from_rank_0(found or (0, {}))
-        if self.first_step > 0:
-            self.keeper.load(self.first_step)
-        prints = fingerprints(config, problems, held_out) if is_rank_0 else {}
-        self.log = RunLog(config, prints, dropped, self.first_step, facts)
-        (config.folder / REQUEUE_FILE).unlink(missing_ok=True)
-        steps = range(self.first_step, config.steps + 1)
-        self.bar = tqdm(steps, config.name, disable=not is_rank_0, unit="step")
+        self.config, self.tokenizer, self.problems = config, tokenizer, problems
+        self.model = policy.model
+        self.states = States(config.folder / "state", policy, optimizer)
+        self.first_step = self.states.load()
+        self.finished = False  # whether all steps are made, and the last evaluation
+        facts = {
+            "asked": what_is_asked(config, problems, held_out),
+            "versions": versions()
+            | {"model_commit": getattr(self.model.config, "_commit_hash", None)},
+            "dropped_problems": dropped,
+        }
+        self.records = None
+        if dist.get_rank() == 0:
+            stop = TEMPLATES[config.template].stop
+            self.records = Records(config, facts, stop, self.first_step)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.states.wait()
+        if self.records:
+            self.records.close(self.finished)
 
     def record(self, step: int, metrics: dict, rollouts: list) -> None:
         """Enter a step into the records; one without metrics leaves no line."""
-        if metrics:
-            row = {"step": step} | metrics | {"failed_saves": self.keeper.failed}
-            self.log.record(row, self.problems, rollouts)
-            self.bar.set_postfix(headline(metrics))
-
-    def export(
-        self,
-        step: int,
-        metrics: dict,
-        weights: Iterable[tuple[str, torch.Tensor]],
-        model,
-        tokenizer,
-    ) -> None:
-        """Save the model as it is before round `step`, with the scores it has."""
-        card = model_card(self.config, step, metrics)
-        save_model(weights, model, tokenizer, self.config.folder, step, card)
+        self.finished = step == self.config.steps
+        if metrics and self.records:
+            row = {"step": step} | metrics | {"failed_saves": self.states.failed}
+            self.records.add(row, self.problems, rollouts)
 
     def save_state(self, step: int, at_once: bool) -> None:
-        """Begin to save the state before round `step`, if it is time or `at_once`."""
+        """Begin to save the state before step `step`, if it is time or `at_once`."""
         every = self.config.save_every or self.config.eval_every
-        if at_once or step % every == 0 or step == self.config.steps:
-            self.keeper.save(step, self.log.lengths())
+        is_time = at_once or step % every == 0 or step == self.config.steps
+        if is_time and not self.finished:
+            self.states.save(step)
 
-    def close(self, finished: bool) -> None:
-        """Wait for the last save and close the records."""
-        self.keeper.close()
-        if finished:
-            self.log.finish(self.config.steps)
-        self.log.close()
-        self.bar.close()
+    def export(self, step: int, metrics: dict, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Save the model as it is before step `step`, with the scores it has; not the base model.
 
-    def ask_to_be_requeued(self) -> None:
-        """End with exit code 75. torchrun hides the code, so a file in the run's folder says it,
-        too."""
-        if self.log.writes:
-            (self.config.folder / REQUEUE_FILE).touch()
-            done = (
-                "stopped, but its last state could not be" if self.keeper.failed else "stopped and"
-            )
-            print(f"{self.config.folder}: {done} saved. The same command goes on with it.")
-        sys.exit(REQUEUE)
+        `weights` are (name, full weight) that all ranks gather one by one; rank 0 writes. There are
+        two folders in turn, and `model` is switched to the new one in one operation.
+        """
+        if step == 0:
+            return
+        kept = {}
+        for name, weight in weights:
+            tied_head = self.model.config.tie_word_embeddings and name == "lm_head.weight"
+            if dist.get_rank() == 0 and not tied_head:
+                kept[name] = weight.to("cpu", copy=True)  # it may be a view of padded shards
+        if dist.get_rank() != 0:
+            return
+        link = self.config.folder / "model"
+        old = link.resolve().name
+        new = link.with_name("export-2" if old == "export-1" else "export-1")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        save_torch_state_dict(kept, new)
+        self.model.config.save_pretrained(new)
+        self.tokenizer.save_pretrained(new)
+        # As text: save_pretrained refuses, at the first checkpoint, what many base models ship: a
+        # temperature without do_sample
+        generation_config = self.model.generation_config.to_json_string()
+        (new / "generation_config.json").write_text(generation_config)
+        (new / "README.md").write_text(model_card(self.config, step, metrics))
+        new_link = link.with_name(".model.new")
+        new_link.unlink(missing_ok=True)
+        new_link.symlink_to(new.name)
+        os.replace(new_link, link)
+        if old.startswith("export-"):
+            shutil.rmtree(link.with_name(old))
 
 
 def model_card(config, step: int, metrics: dict) -> str:
     """README.md of a saved model: what it is, how it was made, what it scores."""
-    found = ", ".join(f"{package} {number}" for package, number in versions().items())
-    lines = [
-        "---",
-        f"base_model: {config.model}",
-        "library_name: transformers",
-        "tags: [dr-grpo, reinforcement-learning]",
-        "---",
-        "",
-        f"# {config.name}, step {step} of {config.steps}",
-        "",
-        f"{config.model}, trained with Dr. GRPO on {config.dataset} (template {config.template}, "
-        f"reward {config.reward}).",
-        "",
-        f"    python {shlex.join(sys.argv)}",
-        "",
-        f"Versions: {found}.",
-        "",
-        f"On {config.eval_dataset}, one greedy response to each problem:",
-        "",
-        "| metric | value |",
-        "| --- | --- |",
-    ]
+    scores = []
     for key, value in metrics.items():
         if key.startswith("eval_") and value is not None:
-            lines.append(f"| {key.removeprefix('eval_')} | {value:.4g} |")
-    return "\n".join(lines) + "\n"
+            scores.append(f"{key} {value:.4g}")
+    return (
+        f"---\nbase_model: {config.model}\nlibrary_name: transformers\n---\n\n"
+        f"{config.model}, trained with Dr. GRPO on {config.dataset}, step {step} of {config.steps}:"
+        f"\n\n    python {shlex.join(sys.argv)}\n\n"
+        f"One greedy response to each problem of {config.eval_dataset}: {', '.join(scores)}.\n"
+    )

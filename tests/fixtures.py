@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 import drgrpo
 from support.data import Problem
 from support.grader import Grader
-from support.ranks import start_ranks
+from support.run import start_ranks
 from tests.helpers import ROOT, TOY, FakeSampler, tiny_model
 from toy import make_toy
 
@@ -28,12 +29,12 @@ def toy():
 @pytest.fixture(scope="session")
 def ranks():
     """A process group of one, in which vLLM can start."""
-    return start_ranks()
+    start_ranks()
 
 
 @pytest.fixture(scope="session")
-def engine(ranks, toy, tmp_path_factory):
-    """An engine on a random model with tied embeddings, that model as a policy, and a config."""
+def shared_engine(ranks, toy, tmp_path_factory):
+    """For `engine` alone."""
     folder = tmp_path_factory.mktemp("engine") / "model"
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
@@ -47,14 +48,32 @@ def engine(ranks, toy, tmp_path_factory):
 
 
 @pytest.fixture
+def engine(shared_engine):
+    """A sampler on a random model with tied embeddings, that model as a policy, and a config.
+
+    Many tests share the two: whatever a test does to the weights is undone after it.
+    """
+    sampler, policy, config = shared_engine
+    before = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    try:
+        yield sampler, policy, config
+    finally:
+        policy.reshard()  # a refused update did not
+        policy.zero_grad()
+        policy.load_state_dict(before)
+        sampler.wake(policy)
+
+
+@pytest.fixture
 def fake_run(ranks, toy, tmp_path, monkeypatch):
     """`train` in tmp_path, with a tiny policy and random responses in place of an engine's.
 
     fake_run(change, held_out, **settings) lets `change` see the sampler before it begins, and
-    returns the sampler.
+    returns the sampler. Its `finished` is what `train` returned.
     """
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
     tiny_model(len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     problems = [Problem(f"p{i}", [5, 6, i], [str(i % 3)], f"p{i}", {"i": i}) for i in range(6)]
     usual = dict(
@@ -74,13 +93,21 @@ def fake_run(ranks, toy, tmp_path, monkeypatch):
         policy = drgrpo.make_policy(config)
         optimizer = torch.optim.AdamW(policy.parameters(), config.lr)
         sampler = FakeSampler(policy)
-        grader = Grader(config.template, 1, config.grader_timeout, config.reward)
-        monkeypatch.setattr(drgrpo, "start", lambda config: (policy, optimizer, sampler, grader))
         change(sampler)
-        try:
-            drgrpo.train(config, tokenizer, problems, list(held_out), {"too_long": 0})
-        finally:
-            grader.close()
+
+        @contextmanager
+        def start(config):
+            grader = Grader(config.template, 1, config.grader_timeout, config.reward)
+            try:
+                yield policy, optimizer, sampler, grader
+            finally:
+                sampler.close()
+                grader.close()
+
+        monkeypatch.setattr(drgrpo, "start", start)
+        sampler.finished = drgrpo.train(
+            config, tokenizer, problems, list(held_out), {"too_long": 0}
+        )
         return sampler
 
     return run
@@ -96,7 +123,7 @@ def grader():
 # Comparisons that misbehave, in a module of their own: workers import it, and it must be light.
 HOSTILE = """
 import collections, itertools, mmap, os, signal, sys, time
-from support.grader import answers_match
+from support.answers import answers_match
 
 
 def worker_id(answer: str, golds: tuple) -> bool:
@@ -150,7 +177,7 @@ def hostile(tmp_path_factory):
 
 # Reward functions of somebody's own. They import a file that stands beside theirs.
 REWARDS = """
-import json, math, os, time
+import asyncio, json, math, os, time
 from fractions import Fraction
 from beside import QUARTER
 
@@ -177,6 +204,13 @@ def obey(response, row):
     odd = {"nan": math.nan, "infinity": math.inf, "text": "1", "nothing": None, "complex": 1j}
     odd |= {"list": [1.0], "half": Fraction(1, 2), "true": True, "negative": -3}
     return odd.get(response, 1.0)
+
+
+async def obey_later(response, row):
+    await asyncio.sleep(1000 if response == "hang" else 0.01)
+    if response == "block":
+        time.sleep(1000)
+    return obey(response, row)
 
 
 def on_the_first_row(response, row):

@@ -64,21 +64,26 @@ def some_rollouts(count=12, seed=0, vocab_size=64):
 
 
 class StoredSampler:
-    """Says what it was given: the responses to each problem, by the problem's prompt."""
+    """Says what it was given: the responses to each problem, by the problem's prompt.
 
-    tensor_parallel = 1
+    A response has as many ids as its text has letters; the last one is EOS (0).
+    """
 
     def __init__(self, responses: dict[str, list[str]], finish_reason: str = "stop"):
         self.responses, self.finish_reason = responses, finish_reason
 
-    def generate(self, problems, seeds, n, max_tokens, temperature, stop, finished):
-        return [
-            [
-                Rollout(i, p.prompt_ids, [1] * len(text), [], text, self.finish_reason)
-                for text in self.responses[p.prompt][:n]
-            ]
-            for i, p in enumerate(problems)
-        ]
+    def generate(self, problems, seeds, n, max_tokens, temperature, stop):
+        groups = []
+        for place, problem in enumerate(problems):
+            group = []
+            for text in self.responses[problem.prompt][:n]:
+                ids = [1] * (len(text) - 1) + [0] * bool(text)
+                zeros = [0.0] * len(ids)
+                group.append(
+                    Rollout(place, problem.prompt_ids, ids, zeros, text, self.finish_reason)
+                )
+            groups.append(group)
+        return groups
 
 
 class FakeSampler:
@@ -93,24 +98,25 @@ class FakeSampler:
         self.seeds: list[list[int]] = []  # of each call
         self.shift = 0.0
 
-    def generate(self, problems, seeds, n, max_tokens, temperature, stop, finished):
+    def generate(self, problems, seeds, n, max_tokens, temperature, stop):
         self.calls.append("sample")
         self.seeds.append(list(seeds))
         groups = []
         for place, (problem, seed) in enumerate(zip(problems, seeds, strict=True)):
             rng = np.random.default_rng(seed)
             groups.append([self.respond(place, problem, max_tokens, rng) for _ in range(n)])
-            finished(place, groups[-1])
         return groups
 
     @torch.no_grad()
     def respond(self, place, problem, max_tokens, rng) -> Rollout:
         ids = rng.integers(1, 60, rng.integers(1, max_tokens + 1)).tolist()
+        reason = "length" if len(ids) == max_tokens else "stop"
+        text = f"\\boxed{{{ids[0] % 3}}}"
+        if reason == "stop":
+            ids[-1] = 0  # EOS
         batch = collate([Rollout(place, problem.prompt_ids, ids, [0.0] * len(ids))])
         logprobs = self.policy(batch.ids, batch.response_mask)[batch.response_mask.bool()]
         self.policy.reshard()  # as a backward pass does
-        reason = "length" if len(ids) == max_tokens else "stop"
-        text = f"\\boxed{{{ids[0] % 3}}}"
         shifted = (logprobs + self.shift).tolist()
         return Rollout(place, problem.prompt_ids, ids, shifted, text, reason)
 
@@ -139,8 +145,10 @@ def read_jsonl(file: Path) -> list[dict]:
 
 
 def assert_same(a, b, tolerance=1e-5):
-    assert a.norm() > 0
-    assert (a - b).norm() <= tolerance * a.norm(), f"{(a - b).norm() / a.norm():.2g}"
+    """Two tensors up to rounding, relative to the first one's norm."""
+    assert a.norm() > 0, "the first tensor is all zeros"
+    difference = ((a - b).norm() / a.norm()).item()
+    assert difference <= tolerance, f"relative difference of the two tensors: {difference:.2g}"
 
 
 def wait_until(condition, seconds: float) -> None:

@@ -1,0 +1,75 @@
+"""Facts about the golden step: drgrpo.py makes it, and no trainer with a usual mistake does."""
+
+import gzip
+import json
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import drgrpo
+from findings import golden_step
+
+GOLDEN = json.loads(gzip.decompress(golden_step.FILE.read_bytes()))
+GIVEN = GOLDEN["given"]
+
+
+@pytest.fixture(autouse=True)
+def toy_in_the_repository(ranks, toy):
+    """The stored step is of the toy, which these fixtures bring, and needs a process group."""
+
+
+def wrong_stages(found: dict, method: str = "dr_grpo") -> list[str]:
+    """The stages that differ by more than their tolerance."""
+    differences = golden_step.differences(GOLDEN["expected"][method], found)
+    return [stage for stage, size in differences.items() if size > golden_step.TOLERANCES[stage]]
+
+
+@pytest.mark.parametrize("method", golden_step.METHODS)
+def test_drgrpo_makes_the_golden_step(method):
+    found = golden_step.replay(GIVEN, golden_step.toy_config(method))
+    assert wrong_stages(found, method) == []
+
+
+def test_the_step_is_small_and_has_all_kinds_of_responses():
+    assert golden_step.FILE.stat().st_size < 300_000
+    lengths = [len(row["response_ids"]) for row in GIVEN["responses"]]
+    assert len(lengths) == 256 and max(lengths) == 72 > min(lengths)
+    assert {row["reward"] for row in GIVEN["responses"]} == {0.0, 1.0}
+
+
+def test_a_trainer_that_drops_eos_fails():
+    given = deepcopy(GIVEN)
+    for row in given["responses"]:
+        if len(row["response_ids"]) < 72:
+            row["response_ids"].pop()
+            row["sampler_logprobs"].pop()
+    found = golden_step.replay(given, golden_step.toy_config("dr_grpo"))
+    assert {"loss", "moved"} <= set(wrong_stages(found))
+
+
+def test_a_trainer_with_another_temperature_fails():
+    config = replace(golden_step.toy_config("dr_grpo"), temperature=0.9)
+    assert "old_logprobs" in wrong_stages(golden_step.replay(GIVEN, config))
+
+
+def test_a_trainer_that_divides_by_the_tokens_fails(monkeypatch):
+    def collate(rows, denominator=1.0):
+        return drgrpo.collate(rows, sum(len(row.response_ids) for row in rows))
+
+    monkeypatch.setattr(golden_step, "collate", collate)
+    found = golden_step.replay(GIVEN, golden_step.toy_config("dr_grpo"))
+    assert {"loss", "grad_norm"} <= set(wrong_stages(found))
+
+
+def test_a_trainer_that_divides_by_the_std_fails():
+    config = replace(golden_step.toy_config("dr_grpo"), divide_by_std=True)
+    assert "advantages" in wrong_stages(golden_step.replay(GIVEN, config))
+
+
+def test_a_trainer_with_the_old_logprobs_of_the_wrong_update_fails(monkeypatch):
+    monkeypatch.setattr(drgrpo, "add_old_logprobs", lambda policy, updates, config: None)
+    found = golden_step.replay(GIVEN, golden_step.toy_config("dr_grpo"))
+    assert "loss" in wrong_stages(found)
+    assert torch.isfinite(torch.tensor(found["moved"])).all()
