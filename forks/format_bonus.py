@@ -1,9 +1,9 @@
 """A reward of one's own that also pays for the format: --reward forks/format_bonus.py:format_bonus
 
-As it is, it wants a boxed answer, and golds in the column `answer`.
+It wants a boxed answer, and golds in the column `answer`.
 """
 
-from support.grader import answers_match
+from support.answers import answers_match
 from templates import last_boxed
 
 BONUS = 0.1  # well below 1: a wrong answer in the right format must not be worth much
@@ -14,5 +14,7 @@ def format_bonus(response: str, row: dict) -> float:
     answer = last_boxed(response)
     if answer is None:
         return 0.0
-    tidy = response.count("\\boxed") == 1 and response.rstrip().endswith(f"{{{answer}}}")
-    return answers_match(answer, row["answer"]) + BONUS * tidy
+    reward = 1.0 if answers_match(answer, row["answer"]) else 0.0
+    if response.count("\\boxed") == 1 and response.rstrip().endswith(f"{{{answer}}}"):
+        reward += BONUS
+    return reward
