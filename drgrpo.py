@@ -65,7 +65,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from support.data import Problem, check_endings, derive_seed, endings, step_problems
 from support.grader import Grader, Verdict, refuse_broken_reward
@@ -311,7 +311,7 @@ def train(
             rollouts: list[Rollout] = []
             if step % config.eval_every == 0 or step == config.steps:
                 metrics |= evaluate(sampler, grader, held_out, config)
-                run.export(step, metrics, full_weights(policy.model, policy.model.config.dtype))
+                run.export(step, metrics, full_weights(policy.model, policy.saved_dtype))
             if step < config.steps:
                 learned, rollouts = train_step(
                     config, step, problems, policy, optimizer, sampler, grader
@@ -341,7 +341,8 @@ def start(config: Config) -> Iterator[tuple["Policy", torch.optim.Optimizer, "Sa
         )
         ends.callback(grader.close)
         say("starting vLLM: seconds on a CPU, a minute or more on a GPU")
-        shards = sum(parameter.to_local().nbytes for parameter in policy.parameters())
+        weights = policy.parameters()
+        shards = sum(weight.to_local().nbytes for weight in weights if isinstance(weight, DTensor))
         prompts = math.ceil(config.prompts_per_step / dist.get_world_size())  # of this rank
         sampler = Sampler(
             config.model,
@@ -510,7 +511,12 @@ def full_weights(model: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[s
     for name, weight in model.state_dict().items():
         # Offloaded shards are on the CPU. Casting before gathering halves the traffic.
         weight = weight.detach().to(DEVICE, dtype)
-        yield name, weight.full_tensor() if isinstance(weight, DTensor) else weight
+        yield name, whole(weight)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with the shards of all ranks."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sample(
@@ -697,9 +703,10 @@ class Policy(torch.nn.Module):
     Call policy(...), never policy.model(...): FSDP gathers the head's weights around this forward.
     """
 
-    def __init__(self, model: torch.nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
-        self.model = model  # of transformers
+        self.model = model
+        self.saved_dtype = model.dtype  # of the base model and of exports
 
     def forward(
         self, ids: torch.Tensor, response_mask: torch.Tensor, temperature: float = 1.0
@@ -719,14 +726,15 @@ def make_policy(config: Config) -> Policy:
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model)
-    settings = {
-        "mesh": mesh(),
-        "mp_policy": MixedPrecisionPolicy(DTYPE, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy(pin_memory=CUDA) if config.offload else OffloadPolicy(),
-    }
+    shard = partial(
+        fully_shard,
+        mesh=mesh(),
+        mp_policy=MixedPrecisionPolicy(DTYPE, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=CUDA) if config.offload else OffloadPolicy(),
+    )
     for layer in model.get_decoder().layers:
-        fully_shard(layer, **settings)
-    fully_shard(policy, **settings)
+        shard(layer)
+    shard(policy)
     policy.float()  # the shards: no rank ever holds the whole model in fp32
     return policy
 
@@ -744,7 +752,7 @@ def forward_backward(policy: Policy, batch: MicroBatch, config: Config) -> dict[
 
     Returns sums over its response tokens. Raises FloatingPointError if the loss is not finite.
     """
-    logprobs = policy(batch.ids, batch.response_mask, config.temperature)
+    logprobs: torch.Tensor = policy(batch.ids, batch.response_mask, config.temperature)
     old_logprobs = batch.old_logprobs
     if old_logprobs is None:  # in the step's first update the policy still is the old policy
         old_logprobs = logprobs.detach()
@@ -791,7 +799,7 @@ def update(
     sums = all_reduce(sums)
     refuse_gap(sums["gap"] / sums["tokens"], config.max_gap)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-    grad_norm = norm.full_tensor().item()
+    grad_norm = whole(norm).item()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"the gradient's norm is {grad_norm}; this update was not made.")
     optimizer.step()

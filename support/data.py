@@ -5,7 +5,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import DatasetDict, load_dataset, load_from_disk
@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from support.answers import gold_answers
 from templates import TEMPLATES, Template
+
+if TYPE_CHECKING:
+    from drgrpo import Config
 
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -219,7 +222,7 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not ends else ids
 
 
-def load_data(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
+def load_data(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
     """Tokenizer, problems, held-out problems, and counts of dropped rows; raises ValueError."""
     context = config.max_prompt_tokens + config.max_response_tokens
     tokenizer = load_tokenizer(config.model, context)

@@ -26,7 +26,7 @@ LOGITS_AT_ONCE = 2**27  # rows * V of a chunk of the head: 0.5 GiB in fp32
 MAX_HEAD_SIZE = 256  # of the attention kernel for GPUs, FlashAttention 2
 
 
-def definition(model: torch.nn.Module, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def definition(model: PreTrainedModel, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """What `token_logprobs` must equal: the log-probs of tokens 1..T-1 of one row, ids (T,).
 
     Everything is the model's own: its attention (load it with "eager" or "sdpa"), its logits.
@@ -37,7 +37,7 @@ def definition(model: torch.nn.Module, ids: torch.Tensor, temperature: float = 1
 
 
 def token_logprobs(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     ids: torch.Tensor,
     response_mask: torch.Tensor,
     temperature: float = 1.0,
@@ -100,7 +100,7 @@ def packed_attention(
     """
     if lengths is None:
         raise ValueError("the model does not pass `lengths` and `ends` on to its attention")
-    longest = lengths.max().item()
+    longest = int(lengths.max())
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
             f"the model has a sliding window of {sliding_window}, and a row has {longest} tokens: "
@@ -126,6 +126,7 @@ def all_rows_at_once(query, key, value, ends, longest: int, scaling) -> torch.Te
         window_size=(-1, 0),  # everything before a token, nothing after it
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    assert isinstance(out, torch.Tensor)  # it could return log-sum-exps, too
     return out.unsqueeze(0)
 
 

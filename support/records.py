@@ -17,12 +17,15 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from support.data import Problem
 from support.grader import TIMEOUT
+
+if TYPE_CHECKING:
+    from drgrpo import Config
 
 # ---------------------------------------------------------------------------------- the screen
 
@@ -223,7 +226,7 @@ class Records:
     these steps are made again. `facts` go into config.json.
     """
 
-    def __init__(self, config, facts: dict, stop: tuple[str, ...], first_step: int):
+    def __init__(self, config: "Config", facts: dict, stop: tuple[str, ...], first_step: int):
         self.config, self.folder, self.stop = config, config.folder, stop
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):

@@ -7,6 +7,7 @@ runs/NAME/...          the records: see support/records.py
 
 import gc
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -18,12 +19,14 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -41,8 +44,11 @@ from transformers.utils.logging import disable_progress_bar
 from support.data import Problem, load_data
 from support.grader import check_reward
 from support.logprobs import check_model
-from support.records import Records, check_tracker, read_json, status, versions
+from support.records import Records, check_tracker, read_json, say, status, versions
 from templates import TEMPLATES
+
+if TYPE_CHECKING:
+    from drgrpo import Config, Policy
 
 # --------------------------------------------------------------------------------------- ranks
 
@@ -55,7 +61,8 @@ def start_ranks() -> None:
     # What the policy frees can go back to the GPU. To be set before CUDA starts
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    for key, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, value in alone.items():
         os.environ.setdefault(key, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # keep the engine in this process
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -219,7 +226,7 @@ def give_threads_back() -> None:
 # ------------------------------------------------------------------------- before a run begins
 
 
-def prepare(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
+def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
     """All that can go wrong in a training run before it starts.
 
     Returns the tokenizer, problems, held-out problems, and counts of dropped rows. Raises
@@ -234,7 +241,7 @@ def prepare(config) -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
     return tokenizer, problems, held_out, dropped
 
 
-def what_is_asked(config, problems: list[Problem], held_out: list[Problem]) -> str:
+def what_is_asked(config: "Config", problems: list[Problem], held_out: list[Problem]) -> str:
     """sha256 of prompts, golds and stop strings, in order; of whole rows for one's own reward."""
     asked: list = [TEMPLATES[config.template].stop]
     for problem in (*problems, *held_out):
@@ -243,13 +250,13 @@ def what_is_asked(config, problems: list[Problem], held_out: list[Problem]) -> s
     return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
 
 
-def is_finished(config) -> bool:
+def is_finished(config: "Config") -> bool:
     """Whether the run has made all its steps, and all that comes after them."""
     run = read_json(config.folder / "config.json") or {}
     return (run.get("finished") or -1) >= config.steps
 
 
-def check_folder(config, asked: str) -> None:
+def check_folder(config: "Config", asked: str) -> None:
     """Whether the run may begin in its folder, or go on there. Prints settings that changed.
 
     Raises ValueError if the folder cannot be written to, or holds a run on other data.
@@ -304,7 +311,8 @@ class States:
         self.optimizer = optimizer
         # The thread's collective operations must not mix with those of the step
         self.group = dist.new_group(backend="gloo")
-        self.saving: Any = None  # a Future
+        self.saving: tuple[int, Any] | None = None  # step and Future of the save under way
+        self.newest = 0  # step of the state that was saved or loaded last
         self.failed = 0  # saves in a row
 
     def shards(self) -> dict[str, dict[str, Any]]:
@@ -318,20 +326,21 @@ class States:
         target = self.folder / str(step)
         if dist.get_rank() == 0:
             shutil.rmtree(target, ignore_errors=True)  # what a killed save left, or a damaged state
-        self.saving = dcp.async_save(self.shards(), checkpoint_id=target, process_group=self.group)
+        saving = dcp.async_save(self.shards(), checkpoint_id=target, process_group=self.group)
+        self.saving = step, saving
 
     def wait(self) -> None:
         """Wait for the save that is under way, and remove all states but the last two. Raises
         RuntimeError if the save failed and the one before it, too."""
         if self.saving is None:
             return
-        saving, self.saving = self.saving, None
+        (step, saving), self.saving = self.saving, None
         try:
             saving.result()
-            self.failed = 0
+            self.newest, self.failed = step, 0
         except (OSError, RuntimeError, CheckpointException) as error:
             self.failed += 1
-            free = shutil.disk_usage(self.folder.parent).free / 1e9  # torch hides what a disk says
+            free = shutil.disk_usage(self.folder.parent).free / 1e9  # after what this save wrote
             message = (
                 f"the state could not be saved in {self.folder}: {reason(error)} "
                 f"({free:,.3f} GB are free on that disk)"
@@ -339,9 +348,10 @@ class States:
             if self.failed > 1:
                 raise RuntimeError(f"twice in a row, {message}") from error
             warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)
-        if dist.get_rank() == 0 and self.folder.exists():
-            kept = saved_steps(self.folder)[:2]
-            for folder in self.folder.iterdir():
+        if dist.get_rank() == 0:
+            # States of later steps are damaged: the run did not go on from them
+            kept = [step for step in saved_steps(self.folder) if step <= self.newest][:2]
+            for folder in self.folder.glob("[0-9]*"):
                 if folder.name.isdigit() and int(folder.name) not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -360,21 +370,23 @@ class States:
         for step in steps:
             state = self.shards()
             try:
-                dcp.load(state, checkpoint_id=self.folder / str(step), process_group=self.group)
+                reader = CheckedReader(self.folder / str(step))
+                dcp.load(state, storage_reader=reader, process_group=self.group)
             except CheckpointException as error:
-                warnings.warn(
-                    f"the state {self.folder / str(step)} is damaged: {reason(error)}",
-                    stacklevel=2,
-                )
+                warnings.warn(f"the state {reader.path} is damaged: {reason(error)}", stacklevel=2)
                 continue
-            policy, optimizer = state["policy"], state["optimizer"]
+            settings = [dict(group) for group in self.optimizer.param_groups]
             set_state_dict(
                 self.policy,
                 self.optimizer,
-                model_state_dict=policy,
-                optim_state_dict=optimizer,
+                model_state_dict=state["policy"],
+                optim_state_dict=state["optimizer"],
                 options=FLAT,
             )
+            # lr and the like are those of the command, not those of the state
+            for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(setting)
+            self.newest = step
             return step
         if steps:
             raise ValueError(
@@ -382,6 +394,20 @@ class States:
                 "again, or put back a copy of a state"
             )
         return 0
+
+
+class CheckedReader(dcp.FileSystemReader):
+    """Sees flipped bits: torch stores each tensor as a zip archive and ignores its checksum."""
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Any:
+        for item in plan.items:
+            part = self.storage_data[item.storage_index]
+            with Path(self.path, part.relative_path).open("rb") as file:
+                file.seek(part.offset)
+                archive = zipfile.ZipFile(io.BytesIO(file.read(part.length)))
+            if archive.testzip() is not None:
+                raise ValueError(f"{part.relative_path} is not what was written")
+        return super().read_data(plan, planner)
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -392,10 +418,10 @@ def saved_steps(folder: Path) -> list[int]:
 
 def reason(error: BaseException) -> str:
     """What went wrong, in one line: a CheckpointException prints the traceback of every rank."""
-    if not isinstance(error, CheckpointException):
-        return str(error)
-    failures = sorted(error.failures.items())
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in failures)
+    if isinstance(error, CheckpointException):
+        failures = sorted(error.failures.items())
+        return "; ".join(f"rank {rank}: {reason(failure[0])}" for rank, failure in failures)
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 # ----------------------------------------------------------------------------------- the run
@@ -411,12 +437,12 @@ class Run:
 
     def __init__(
         self,
-        config,
+        config: "Config",
         tokenizer,
         problems: list[Problem],
         held_out: list[Problem],
         dropped: dict[str, int],
-        policy: torch.nn.Module,
+        policy: "Policy",
         optimizer: torch.optim.Optimizer,
     ):
         self.config, self.tokenizer, self.problems = config, tokenizer, problems
@@ -493,7 +519,7 @@ class Run:
             shutil.rmtree(link.with_name(old))
 
 
-def model_card(config, step: int, metrics: dict) -> str:
+def model_card(config: "Config", step: int, metrics: dict) -> str:
     """README.md of a saved model: what it is, how it was made, what it scores."""
     scores = []
     for key, value in metrics.items():
