@@ -1,37 +1,78 @@
-"""Measuring: scores with intervals that can be traced and repeated.
+"""Measuring: scores of a model on benchmarks, with intervals.
 
     python eval.py --model Qwen/Qwen2.5-Math-1.5B --tasks aime24 amc23 math500 minerva olympiadbench
     python eval.py --model runs/toy/model --template none --tasks runs/toy-base/test.jsonl \\
         --max-prompt-tokens 64 --max-response-tokens 72
-    python eval.py --regrade runs/eval/NAME.jsonl                 # without a model
+    python eval.py --regrade runs/eval/NAME/responses.jsonl      # without a model
 
-Shapes: P problems, n responses to each.
+A command reads no results of an earlier one, and writes its two files anew.
+
+Shapes: P problems, n responses to each, in groups laid end to end.
 """
 
-import hashlib
-import json
 import os
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from math import comb
 from pathlib import Path
 
 import numpy as np
 import torch.distributed as dist
 import tyro
-from tqdm import tqdm
 
-from drgrpo import CUDA, DTYPE, Dtype, Rollout, Sampler
-from support.checkpoint import weights_fingerprint
+from drgrpo import Rollout, Sampler
+from support import records
 from support.data import Problem, derive_seed, load_problems, load_tokenizer
-from support.engine import refuse_unusable_gpu
-from support.grader import TIMEOUT, Grader, Verdict, check_reward, refuse_broken_reward
-from support.metrics import append_rows, markdown, mean, number, read_rows, versions, write_rows
-from support.ranks import from_all_ranks, from_rank_0, start_ranks
-from templates import Template, find_template, last_boxed
+from support.grader import Grader, check_reward, refuse_broken_reward
+from support.records import mean, number
+from support.run import end_ranks, from_all_ranks, start_ranks
+from templates import TEMPLATES
+
+# ---------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Score one model on benchmarks. The defaults are the paper's."""
+
+    model: str = ""  # folder or hub name
+    template: str = "qwen_math"
+    tasks: tuple[str, ...] = ("aime24", "math500")  # benchmarks, files, or save_to_disk folders
+    problem_column: str = "problem"  # of files
+    answer_column: str = "answer"  # of files: a right answer, or a list of right ones
+    answer_marker: str | None = None  # the answer is the text after the last of these
+    split: str = "test"  # of a save_to_disk folder with several splits
+    limit: int | None = None  # only the first so many problems of each task
+    n: int = 1  # responses to a problem
+    temperature: float = 0.0  # 0 is greedy
+    seed: int = 0
+    reward: str = "math"  # or FILE.py:FUNCTION, called as FUNCTION(response, row) -> float
+    grader_workers: int = 2  # processes per rank that grade
+    grader_timeout: float = 5.0  # seconds per grading; after that the response is in no score
+    max_response_tokens: int = 3000  # the paper's
+    max_prompt_tokens: int = 1096  # the context is the sum: a longer prompt has a shorter response
+    output: str | None = None  # of results.json and responses.jsonl; None: runs/eval/MODEL
+    regrade: str | None = None  # only grade the responses of this file again, without a model
+
+    def __post_init__(self):
+        """Raises ValueError that says what to do."""
+        if not self.model and not self.regrade:
+            raise ValueError("give --model, the folder or hub name of a model")
+        if self.template not in TEMPLATES:
+            raise ValueError(f"template {self.template!r} must be one of {', '.join(TEMPLATES)}")
+        if self.n < 1 or self.temperature < 0 or (self.n > 1 and self.temperature == 0):
+            raise ValueError("n must be 1 or more, and above 1 only with a --temperature above 0")
+        if self.seed < 0 or self.max_response_tokens < 1 or (self.limit or 1) < 1:
+            raise ValueError("seed must be 0 or more; limit and max_response_tokens 1 or more")
+
+    @property
+    def context(self) -> int:
+        return self.max_prompt_tokens + self.max_response_tokens
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output or f"runs/eval/{self.model.strip('/.').replace('/', '-')}")
+
 
 # ------------------------------------------------------------------------------- the benchmarks
 
@@ -40,7 +81,7 @@ from templates import Template, find_template, last_boxed
 class Task:
     """A benchmark of the paper, and where the hub has it."""
 
-    dataset: str
+    source: str
     subset: str | None = None
     split: str = "train"
     problem_column: str = "problem"
@@ -53,68 +94,38 @@ TASKS = {
     "math500": Task("HuggingFaceH4/MATH-500", split="test"),
     "minerva": Task("math-ai/minervamath", split="test", problem_column="question"),
     "olympiadbench": Task(
-        "Hothan/OlympiadBench",
-        subset="OE_TO_maths_en_COMP",
-        problem_column="question",
-        answer_column="final_answer",
+        "Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train", "question", "final_answer"
     ),
 }
 
 
-def load_task(
-    task: str,
-    tokenizer,
-    template: Template,
-    context: int,
-    data_dir: Path | None = None,
-    problem_column: str = "problem",
-    answer_column: str = "answer",
-    answer_marker: str | None = None,
-    split: str = "test",
-    needs_answer: bool = True,
-) -> list[Problem]:
-    """All problems of a benchmark in TASKS, from data_dir/TASK.jsonl or else from the hub; or of
-    the file, or the folder of save_to_disk, that `task` names.
+def load_task(task: str, tokenizer, config: EvalConfig) -> list[Problem]:
+    """All problems of a benchmark in TASKS, or of the file or save_to_disk folder `task` names.
 
-    The columns, the marker and the split (of a folder with several) are those of files. Raises
-    ValueError if the task is unknown, if it cannot be read, or if a prompt fills the whole context
-    or an answer is missing: a score over fewer problems would not be the benchmark's.
+    Raises ValueError if it is unknown or cannot be read, or if a prompt fills the whole context or
+    an answer is missing: a score over fewer problems would not be the benchmark's.
     """
-    source = Task(task, None, split, problem_column, answer_column)
-    if task in TASKS and data_dir:
-        file = str(data_dir / f"{task}.jsonl")
-        source = Task(file, None, "train", problem_column, answer_column)
-    elif task in TASKS:
-        source = TASKS[task]
-    elif not Path(task).suffix and not Path(task).is_dir():
-        raise ValueError(
-            f"unknown task {task!r}: give {', '.join(TASKS)}, or the path of a .jsonl, .json, "
-            ".parquet or .arrow file or of a folder that save_to_disk wrote"
-        )
+    if task in TASKS:
+        where = TASKS[task]
+    elif Path(task).suffix or Path(task).is_dir():
+        where = Task(task, None, config.split, config.problem_column, config.answer_column)
+    else:
+        raise ValueError(f"unknown task {task!r}: give {', '.join(TASKS)}, or a file or folder")
     problems, dropped = load_problems(
-        source.dataset,
-        tokenizer,
-        template,
-        sys.maxsize,
-        source.subset,
-        source.split,
-        source.problem_column,
-        source.answer_column,
-        answer_marker=answer_marker,
-        needs_answer=needs_answer,
+        tokenizer=tokenizer,
+        template=TEMPLATES[config.template],
+        max_prompt_tokens=config.context - 1,
+        answer_marker=config.answer_marker,
+        needs_answer=config.reward == "math",
+        **vars(where),
     )
-    too_long = [problem for problem in problems if len(problem.prompt_ids) >= context]
-    if too_long:
+    if any(dropped.values()):
         raise ValueError(
-            f"{len(too_long)} prompts of {task} leave no room for a response in {context} tokens: "
-            "raise --max-prompt-tokens"
+            f"{task} is scored as a whole or not at all, and rows of it cannot be used: {dropped}. "
+            "If prompts are too long, raise --max-prompt-tokens; if answers are missing, give "
+            "another --answer-column, or remove these rows"
         )
-    if dropped["no_answer"]:
-        raise ValueError(
-            f"{dropped['no_answer']} rows of {task} have no answer: remove them, or give another "
-            "--answer-column"
-        )
-    return problems
+    return problems[: config.limit]
 
 
 # ----------------------------------------------------------------------------------- statistics
@@ -129,6 +140,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - comb(n - c, k) / comb(n, k)
 
 
+Scores = dict[str, float | None]
 Z = 1.959964  # of a normal variable, 95% lie between -Z and Z
 
 
@@ -146,495 +158,276 @@ def interval(mean: float, se: float, problems: float) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def measure(name: str, values: np.ndarray) -> dict[str, float]:
-    """The mean of a value for each problem, (P,), its standard error and its 95% interval.
+def measure(name: str, values: list[float]) -> Scores:
+    """The mean of a value per problem, its standard error, 95% interval, and number of problems.
 
-    Wilson's interval for values in 0..1, else the normal one.
+    The interval is Wilson's for values in 0..1, else the normal one.
     """
-    value, se = float(values.mean()), float(values.std()) / len(values) ** 0.5
+    if not values:
+        return {name: None, f"{name}_problems": 0}
+    value, se = float(np.mean(values)), float(np.std(values)) / len(values) ** 0.5
     low, high = value - Z * se, value + Z * se
-    if values.min() >= 0 and values.max() <= 1:
+    if min(values) >= 0 and max(values) <= 1:
         low, high = interval(value, se, len(values))
-    return {name: value, f"{name}_se": se, f"{name}_low": low, f"{name}_high": high}
+    bounds = {f"{name}_se": se, f"{name}_low": low, f"{name}_high": high}
+    return {name: value, **bounds, f"{name}_problems": len(values)}
 
 
-def majority(grader: Grader, groups: list[list[dict]]) -> list[float]:
-    """Whether each problem's most frequent answer is right; the earlier wins a tie, none is wrong.
+def majority(group: list[Rollout], grader: Grader) -> float | None:
+    """Whether the most frequent answer to a problem is right, 1.0 or 0.0; the earlier wins a tie.
 
-    Answers are grouped by what the grader takes as equal to the group's first one. Responses
-    without an answer do not vote, and a comparison that fails finds no equality.
+    Answers are counted together if the grader takes them as equal to the first of them; a
+    comparison that fails finds no equality. Responses without an answer do not vote; if there is no
+    vote, the result is 0. None: the winner could not be graded.
     """
-    left = [[row for row in rows if row["answer"]] for rows in groups]
-    parties: list[list[list[dict]]] = [[] for _ in groups]
-    while any(left):  # each round makes one party of each problem, with all comparisons at once
-        pairs = []
-        for rows in left:
-            for row in rows:
-                if row["answer"] != rows[0]["answer"]:
-                    pairs.append((row["answer"], (rows[0]["answer"],)))
-        same = grader.compare(pairs)
-        for i, rows in enumerate(left):
-            members: list[dict] = []
-            others: list[dict] = []
-            for row in rows:
-                first = rows[0]["answer"]
-                if row["answer"] == first or same[row["answer"], (first,)] is True:
-                    members.append(row)
-                else:
-                    others.append(row)
-            parties[i].append(members)
-            left[i] = others
-    winners = [max(found, key=len, default=[]) for found in parties]
-    return [float(winner[0]["correct"]) if winner else 0.0 for winner in winners]
+    answers = [(grader.template.extract(r.text), r) for r in group]
+    left = [(answer, r) for answer, r in answers if answer]
+    winner: list[Rollout] = []
+    while left:
+        first = left[0][0]
+        same = grader.compare((answer, (first,)) for answer, _ in left if answer != first)
+        party, others = [], []
+        for answer, rollout in left:
+            if answer == first or same[answer, (first,)] is True:
+                party.append(rollout)
+            else:
+                others.append((answer, rollout))
+        winner, left = max(winner, party, key=len), others
+    if not winner:
+        return 0.0
+    known = [float(rollout.correct) for rollout in winner if rollout.correct is not None]
+    return known[0] if known else None
 
 
-def score_rows(rows: list[dict], n: int, grader: Grader) -> dict[str, float | None]:
-    """All metrics of P*n responses to P problems, in the order of the problems.
+def scores_of(rollouts: list[Rollout], n: int, grader: Grader) -> Scores:
+    """All scores of P*n responses, as docs/evaluate.md explains them. None: there is no such one.
 
-    docs/evaluate.md explains them. None: there is no such response. What needs the grader's verdict
-    is left out with a reward function of one's own.
+    A response whose grading failed is unknown, not wrong. It is in no score of right and wrong, and
+    `graded` says how many are.
     """
-    rewards = np.array([row["reward"] for row in rows], dtype=float).reshape(-1, n)  # (P, n)
-    has_verdict = all(row["correct"] is not None for row in rows)
-    scores: dict[str, float | None] = {}
-    if has_verdict:
-        scores |= verdict_scores(rows, n, grader)
-    else:
-        scores |= measure("reward", rewards.mean(axis=1))
-    scores["boxed"] = mean(last_boxed(row["response"]) is not None for row in rows)
-    scores["unparsed"] = mean(not row["answer"] for row in rows)
-    scores["truncated"] = mean(row["finish_reason"] == "length" for row in rows)
-    scores["length"] = mean(row["length"] for row in rows)
-    failures = [row["failure"] for row in rows if row["failure"]]
-    scores["timeouts"] = failures.count(TIMEOUT)
-    scores["errors"] = len(failures) - failures.count(TIMEOUT)
-    return scores
-
-
-def verdict_scores(rows: list[dict], n: int, grader: Grader) -> dict[str, float | None]:
-    """The metrics that need to know which responses are right."""
-    right = np.array([row["correct"] for row in rows])  # (P*n,)
-    scores: dict[str, float | None] = {}
-    scores |= measure("accuracy", right.reshape(-1, n).mean(axis=1))
+    groups = [rollouts[start : start + n] for start in range(0, len(rollouts), n)]
+    known = [[r for r in group if r.failure is None] for group in groups]
+    scores: Scores = {"responses": len(rollouts), "graded": sum(len(g) for g in known)}
+    scores |= records.summarize(rollouts, 1)
+    scores["unparsed"] = mean(not grader.template.extract(r.text) for r in rollouts)
+    if grader.reward != "math":  # a reward of one's own says nothing of right and wrong
+        rewards = [[r.reward for r in group] for group in known if group]
+        return scores | measure("reward", [sum(group) / len(group) for group in rewards])
+    rights = [[bool(r.correct) for r in group] for group in known if group]
+    scores |= measure("accuracy", [sum(group) / len(group) for group in rights])
+    scores["right"] = sum(sum(group) for group in rights)
     if n > 1:
-        counts = right.reshape(-1, n).sum(axis=1).tolist()
-        powers = {2**i for i in range(n.bit_length())}
-        for k in sorted(powers | {n}):
-            scores |= measure(f"pass@{k}", np.array([pass_at_k(n, c, k) for c in counts]))
-        groups = [rows[start : start + n] for start in range(0, len(rows), n)]
-        scores |= measure(f"maj@{n}", np.array(majority(grader, groups)))
-    lengths = np.array([row["length"] for row in rows])
-    for name, some in {"right": lengths[right], "wrong": lengths[~right]}.items():
-        scores[f"length_{name}"] = mean(some)
-        for q in (10, 50, 90):
-            scores[f"length_{name}_p{q}"] = float(np.percentile(some, q)) if some.size else None
+        for k in sorted({2**i for i in range(n.bit_length())} | {n}):
+            enough = [group for group in rights if len(group) >= k]
+            scores |= measure(f"pass@{k}", [pass_at_k(len(g), sum(g), k) for g in enough])
+        votes = [majority(group, grader) for group in groups]
+        scores |= measure(f"maj@{n}", [vote for vote in votes if vote is not None])
     return scores
 
 
-def average(results: list[dict]) -> dict[str, float]:
-    """The unweighted mean over benchmarks of each measure, with its own interval.
-
-    The distances to the lower bounds add up as independent errors do, and so do those to the upper
-    bounds (Zou and Donner, Statistics in Medicine 2008).
-    """
-    scores = {}
-    for name in [key.removesuffix("_se") for key in results[0] if key.endswith("_se")]:
-        value = np.array([result[name] for result in results])
-        middle = float(value.mean())
-
-        def combined(errors: np.ndarray) -> float:
-            return float((errors**2).sum() ** 0.5) / len(results)
-
-        scores[name] = middle
-        scores[f"{name}_se"] = combined(np.array([result[f"{name}_se"] for result in results]))
-        low = np.array([result[f"{name}_low"] for result in results])
-        high = np.array([result[f"{name}_high"] for result in results])
-        scores[f"{name}_low"] = middle - combined(value - low)
-        scores[f"{name}_high"] = middle + combined(high - value)
+def average(results: list[dict]) -> Scores:
+    """The unweighted mean over benchmarks of each score that has a standard error, and its own:
+    benchmarks are independent, so squares of errors add up."""
+    scores: Scores = {}
+    for key in results[0]:
+        if key.endswith("_se") and all(result.get(key) is not None for result in results):
+            name = key.removesuffix("_se")
+            scores[name] = mean(result[name] for result in results)
+            scores[key] = sum(result[key] ** 2 for result in results) ** 0.5 / len(results)
     return scores
 
 
 # ------------------------------------------------------------------------------------- evaluate
 
-# Of each engine between two writes to disk. At the end of each a GPU waits for a few long ones
-RESPONSES_AT_ONCE = 4096 if CUDA else 256
-
 
 def evaluate(
-    sampler: Sampler,
-    grader: Grader,
-    problems: list[Problem],
-    max_tokens: int,
-    n: int = 1,
-    temperature: float = 0.0,
-    seed: int = 0,
-    file: Path | None = None,
-    labels: dict[str, str] | None = None,
-) -> dict[str, float | None]:
-    """Sample n responses to each problem from an engine that is awake, grade and score them.
+    sampler: Sampler, grader: Grader, problems: list[Problem], config: EvalConfig
+) -> list[Rollout]:
+    """n graded responses to each problem, in the order of the problems; all ranks get all.
 
-    Each rank takes a share of the problems; all get the scores of all. Unlike in training, a right
-    answer in a truncated response counts, as in the paper. With `file`, every response is a line
-    of it, beginning with `labels`, and what is there already under the same labels is not sampled
-    again; raises ValueError under other labels.
+    Each rank takes a share of the problems. Unlike in training, a truncated response has the reward
+    of its text: a right answer counts, as in the paper. Raises RuntimeError if most gradings fail.
     """
-    labels = labels or {}
-    is_rank_0, engines = dist.get_rank() == 0, dist.get_world_size() // sampler.tensor_parallel
-    step = max(1, RESPONSES_AT_ONCE * engines // n)  # problems of a chunk
-    rows: list[dict] = []
-    if file and is_rank_0:
-        rows = saved_rows(file, labels)
-        if len(rows) < len(problems) * n:  # begin a new chunk, so that it is the unbroken run's
-            whole_chunks = len(rows) // (step * n)
-            rows = rows[: whole_chunks * step * n]
-        write_rows(file, rows)
-    done = from_rank_0(len(rows))
-    bar = tqdm(total=len(problems) * n, initial=done, unit="response", disable=not is_rank_0)
-    for start in range(done // n, len(problems), step):
-        chunk = range(start, min(start + step, len(problems)))
-        mine = chunk[dist.get_rank() // sampler.tensor_parallel :: engines]
-        new = respond(
-            sampler,
-            grader,
-            problems,
-            mine,
-            max_tokens,
-            n,
-            temperature,
-            seed,
-            answered=lambda: bar.update(n * engines),  # about as many as this rank's
-        )
-        everyone = from_all_ranks(new)
-        parts = everyone[:: sampler.tensor_parallel]  # ranks that share an engine say the same
-        refuse_broken_reward([verdict for part in parts for _, verdict in part])
-        found = [labels | row for part in parts for row, _ in part]
-        found.sort(key=lambda row: (row["problem"], row["sample"]))
-        if is_rank_0:
-            rows += found
-            show_progress(bar, rows)
-            if file:
-                append_rows(file, found)
-    bar.close()
-    return from_rank_0(score_rows(rows, n, grader) if is_rank_0 else None)
-
-
-def show_progress(bar: tqdm, rows: list[dict]) -> None:
-    """How many responses there are so far, and how good they are."""
-    bar.n = len(rows)
-    name = "reward" if rows[0]["correct"] is None else "accuracy"
-    key = "reward" if name == "reward" else "correct"
-    bar.set_postfix({name: f"{np.mean([row[key] for row in rows]):.3f}"})
-
-
-def respond(
-    sampler: Sampler,
-    grader: Grader,
-    problems: list[Problem],
-    chosen: range,
-    max_tokens: int,
-    n: int,
-    temperature: float,
-    seed: int,
-    answered: Callable[[], object],
-) -> list[tuple[dict, Verdict]]:
-    """This rank's responses to the chosen problems: a row and a verdict of each.
-
-    `answered()` is called for each problem whose responses are there.
-    """
-    mine = [problems[index] for index in chosen]
-    seeds = [derive_seed("evaluate", seed, index) for index in chosen]
-
-    def grade_early(place: int, group: list[Rollout]) -> None:
-        texts, problem = [rollout.text for rollout in group], mine[place]
-        grader.start(texts, [problem.answers] * len(group), [problem.row] * len(group))
-        answered()
-
-    stop = grader.template.stop
-    groups = sampler.generate(mine, seeds, n, max_tokens, temperature, stop, grade_early)
-    verdicts = iter(
-        grader.verdicts(
-            [rollout.text for group in groups for rollout in group],
-            [problem.answers for problem in mine for _ in range(n)],
-            [problem.row for problem in mine for _ in range(n)],
-        )
+    indices = range(dist.get_rank(), len(problems), dist.get_world_size())
+    mine = [problems[index] for index in indices]
+    seeds = [derive_seed("evaluate", config.seed, index) for index in indices]
+    limit, stop = config.max_response_tokens, grader.template.stop
+    groups = sampler.generate(mine, seeds, config.n, limit, config.temperature, stop)
+    records.status("grading")
+    rollouts = [r for group in groups for r in group]
+    verdicts = grader.verdicts(
+        [r.text for r in rollouts],
+        [mine[r.problem].answers for r in rollouts],
+        [mine[r.problem].row for r in rollouts],
     )
-    rows: list[tuple[dict, Verdict]] = []
-    for index, problem, problem_seed, group in zip(chosen, mine, seeds, groups, strict=True):
-        for sample, rollout in enumerate(group):
-            verdict = next(verdicts)
-            row = {
-                "problem": index,
-                "sample": sample,
-                "seed": problem_seed,
-                "prompt": problem.prompt,
-                "response": rollout.text,
-                "length": len(rollout.response_ids),
-                "finish_reason": rollout.finish_reason,
-                "answers": problem.answers,
-                "answer": grader.template.extract(rollout.text),
-                "reward": verdict.reward,
-                "correct": verdict.correct,
-                "failure": verdict.failure,
-            }
-            rows.append((row, verdict))
-    return rows
+    for rollout, verdict in zip(rollouts, verdicts, strict=True):
+        rollout.problem = indices[rollout.problem]
+        rollout.reward = verdict.reward
+        rollout.correct, rollout.failure = verdict.correct, verdict.failure
+        rollout.sampler_logprobs = []  # only learning needs them
+    everyone = from_all_ranks((rollouts, verdicts))
+    refuse_broken_reward([verdict for _, part in everyone for verdict in part])
+    rollouts = [r for part, _ in everyone for r in part]
+    return sorted(rollouts, key=lambda r: r.problem)  # keeps the order within a problem
 
 
-def saved_rows(file: Path, labels: dict[str, str]) -> list[dict]:
-    """The whole lines of a file, none if there is no file; ValueError if they have other labels."""
-    rows = read_rows(file)
-    for row in rows:
-        if any(row.get(key) != value for key, value in labels.items()):
-            raise ValueError(
-                f"{file} holds responses under other settings, versions, weights or data: remove "
-                "it, or choose another --output"
-            )
+def response_rows(
+    task: str, grader: Grader, problems: list[Problem], rollouts: list[Rollout]
+) -> list[dict]:
+    """Rows of responses.jsonl: those of a run's samples.jsonl, and where they come from."""
+    rows = []
+    for rollout, row in zip(rollouts, records.sample_rows(0, problems, rollouts), strict=True):
+        del row["step"], row["advantage"]  # there are none
+        labels = {"task": task, "template": grader.template.name, "problem": rollout.problem}
+        rows.append(labels | row | {"answer": grader.template.extract(rollout.text)})
     return rows
 
 
 # ---------------------------------------------------------------------------- tables and regrade
 
 
-def with_interval(row: dict, name: str) -> str:
-    if name not in row:
+def with_error(row: dict, name: str) -> str:
+    """Value ± standard error [95% interval]; an average has no interval."""
+    if row.get(name) is None:
         return ""
-    return (
-        f"{row[name]:.3f} ± {row[f'{name}_se']:.3f} "
-        f"[{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-    )
+    text = f"{row[name]:.3f} ± {row[f'{name}_se']:.3f}"
+    if f"{name}_low" not in row:
+        return text
+    return f"{text} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
 
 
 def scores_table(rows: list[dict], n: int) -> str:
-    """Markdown; each measure as value ± standard error [95% interval]."""
+    """Markdown, and below it a line for each task in which gradings failed."""
     measures = {"accuracy": "pass@1" if n == 1 else f"mean@{n}"}
     if n > 1:
         measures |= {f"pass@{n}": f"pass@{n}", f"maj@{n}": f"maj@{n}"}
-    if "reward" in rows[0]:  # a reward function of one's own
+    if "accuracy" not in rows[0]:  # a reward function of one's own
         measures = {"reward": "reward"}
-    head = ["model", "template", "task", "problems", *measures.values(), "boxed", "unparsed"]
-    head += ["truncated", "length right/wrong", "timeouts/errors"]
-    table = []
+    table, notes = [], []
     for row in rows:
-        cells = [row["model"], row["template"], row["task"], str(row["problems"])]
-        cells += [with_interval(row, name) for name in measures]
-        cells += [number(row.get(key)) for key in ("boxed", "unparsed", "truncated")]
+        graded = f"{row['graded']} of {row['responses']}" if "graded" in row else ""
+        cells = [row["task"], str(row["problems"]), graded]
+        cells += [with_error(row, name) for name in measures]
+        cells += [number(row.get(key)) for key in ("unparsed", "truncated")]
         cells.append("/".join(number(row.get(f"length_{key}"), 0) for key in ("right", "wrong")))
-        cells.append(f"{row['timeouts']}/{row['errors']}" if "errors" in row else "")
         table.append(cells)
-    return markdown(head, table)
+        if graded and row["graded"] < row["responses"]:
+            note = (
+                f"{row['task']}: {row['timeouts']} gradings timed out and {row['errors']} failed. "
+                "These responses are unknown, not wrong, and in no score of right and wrong. Read "
+                "`failure` in responses.jsonl."
+            )
+            if "right" in row:
+                wrong = row["right"] / row["responses"]
+                note += f" Counted as wrong, they make accuracy {wrong:.3f}."
+            notes.append(note)
+    head = ["task", "problems", "graded", *measures.values(), "unparsed", "truncated"]
+    return "\n".join([records.markdown([*head, "length right/wrong"], table), *notes])
 
 
-def regrade(rows: list[dict], default: str) -> str:
-    """Grade saved responses again: sets `reward`, `correct`, `answer` and `failure` of the rows,
-    and returns a Markdown table of what changed.
+def regrade(rows: list[dict], template: str) -> str:
+    """Grade saved responses again: sets `reward`, `correct`, `answer` and `failure` of the rows.
 
-    Rows need `response` and `answers`; the template is their `template`, or else `default`.
-    Raises ValueError if a column is missing.
+    Returns a Markdown table of what changed. Rows need `response` and `answers`; their template is
+    their `template`, or else the one given. Raises ValueError if a column is missing.
     """
+    if not rows:
+        raise ValueError("there is no response to grade")
     missing = [key for key in ("response", "answers") if any(key not in row for row in rows)]
     if missing:
         raise ValueError(f"the rows have no {', '.join(missing)}")
     table = []
-    for name in dict.fromkeys(row.get("template", default) for row in rows):
-        some = [row for row in rows if row.get("template", default) == name]
-        before, start = [row.get("reward", 0.0) for row in some], time.perf_counter()
+    for name in dict.fromkeys(row.get("template", template) for row in rows):
+        some = [row for row in rows if row.get("template", template) == name]
+        before = [row.get("correct") for row in some]
         with Grader(name) as grader:
-            responses, answers = [r["response"] for r in some], [r["answers"] for r in some]
-            verdicts = grader.verdicts(responses, answers)
-        rate = len(some) / (time.perf_counter() - start)
+            verdicts = grader.verdicts([r["response"] for r in some], [r["answers"] for r in some])
         for row, verdict in zip(some, verdicts, strict=True):
+            row["reward"] = None if verdict.failure else verdict.reward
+            row["correct"], row["failure"] = verdict.correct, verdict.failure
             row["answer"] = grader.template.extract(row["response"])
-            row["reward"], row["correct"] = verdict.reward, verdict.correct
-            row["failure"] = verdict.failure
-        after = [row["reward"] for row in some]
-        better = sum(new > old for new, old in zip(after, before, strict=True))
-        worse = sum(new < old for new, old in zip(after, before, strict=True))
-        cells = [name, str(len(some)), number(mean(before)), number(mean(after)), str(better)]
-        cells += [str(worse), f"{grader.timeouts}/{grader.errors}", number(rate, 0)]
-        table.append(cells)
-    head = ["template", "responses", "saved accuracy", "accuracy", "now right", "now wrong"]
-    return markdown([*head, "timeouts/errors", "responses/s"], table)
+        changes = [(old, row["correct"]) for old, row in zip(before, some, strict=True)]
+        counts = [len(some), before.count(True), sum(new is True for _, new in changes)]
+        counts += [changes.count((False, True)), changes.count((True, False))]
+        counts += [grader.timeouts, grader.errors]
+        table.append([name, *map(str, counts)])
+    head = ["template", "responses", "right before", "right now", "became right", "became wrong"]
+    return records.markdown([*head, "timeouts", "errors"], table)
 
 
 # ----------------------------------------------------------------------------------- the command
 
 
-@dataclass(frozen=True)
-class EvalConfig:
-    """Score models on benchmarks. Where it stands already, OUTPUT/*.jsonl is not sampled again."""
+def prepare(config: EvalConfig) -> tuple[str, dict[str, list[Problem]]]:
+    """All that can go wrong before a model loads. Returns the model and the problems of each task.
 
-    model: tuple[str, ...] = ()  # folders or hub names
-    template: tuple[str, ...] = ("qwen_math",)
-    tasks: tuple[str, ...] = ("aime24", "math500")  # benchmarks, files, or save_to_disk folders
-    data_dir: Path | None = None  # the folder of aime24.jsonl and so on, in place of the hub
-    problem_column: str = "problem"  # of files
-    answer_column: str = "answer"  # of files: a right answer, or a list of right ones
-    answer_marker: str | None = None  # of files: the answer is what follows the last of these
-    split: str = "test"  # of a save_to_disk folder with several splits
-    limit: int | None = None  # only the first so many problems of each task
-    n: int = 1  # responses to a problem
-    temperature: float = 0.0  # 0 is greedy
-    seed: int = 0
-    reward: str = "math"  # or FILE.py:FUNCTION, called as FUNCTION(response, row) -> float
-    max_response_tokens: int = 3000  # the paper's
-    max_prompt_tokens: int = 1096  # the context is the sum: a longer prompt has a shorter response
-    dtype: Dtype = DTYPE  # of computing
-    output: Path = Path("runs/eval")  # folder of results.json and one .jsonl of responses a score
-    tensor_parallel: int = 1  # GPUs that hold one model together; the ranks are a multiple of it
-    regrade: Path | None = None  # only grade the responses of this file again, without a model
-
-    @property
-    def context(self) -> int:
-        return self.max_prompt_tokens + self.max_response_tokens
+    runs/NAME/model is a link, which a run may switch meanwhile: the model is the folder behind it.
+    Raises ValueError that says what to do.
+    """
+    is_folder = Path(config.model).is_dir()
+    model = str(Path(config.model).resolve()) if is_folder else config.model
+    tokenizer = load_tokenizer(model, config.context)
+    tasks = {task: load_task(task, tokenizer, config) for task in config.tasks}
+    check_reward(config.reward, [problems[0].row for problems in tasks.values()])
+    return model, tasks
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One number to measure: a model, a template and a task."""
-
-    checkpoint: str  # the model's folder as it was at the start: a link may be switched meanwhile
-    template: Template
-    problems: list[Problem]
-    settings: dict  # all that the responses depend on
-    file: Path  # of the responses
-
-    @property
-    def labels(self) -> dict[str, str]:
-        """What each line of the file begins with: `run` stands for all settings."""
-        named = {key: self.settings[key] for key in ("model", "template", "task")}
-        return named | {"run": sha256(self.settings)[:16]}
-
-
-def sha256(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_wrong_settings(config: EvalConfig) -> None:
-    """Raises ValueError that says what to do."""
-    if not config.model:
-        raise ValueError("give --model, the folder or hub name of one or more models")
-    if config.n < 1 or config.temperature < 0 or (config.n > 1 and config.temperature == 0):
-        raise ValueError(
-            f"n {config.n} at temperature {config.temperature}: n must be 1 or more, and above 1 "
-            "only with a --temperature above 0"
-        )
-    positive = [config.tensor_parallel, config.max_response_tokens]
-    if config.limit is not None:
-        positive.append(config.limit)
-    if config.seed < 0 or min(positive) < 1:
-        raise ValueError(
-            "seed must be 0 or more; limit, tensor_parallel and max_response_tokens 1 or more"
-        )
-    if int(os.environ.get("WORLD_SIZE", 1)) % config.tensor_parallel:
-        raise ValueError(
-            "the number of ranks must be a multiple of --tensor-parallel: start "
-            f"`torchrun --nproc-per-node {config.tensor_parallel} eval.py ...`"
-        )
-
-
-def prepare_cells(config: EvalConfig) -> list[Cell]:
-    """All that can go wrong before a model loads. Raises ValueError that says what to do."""
-    refuse_unusable_gpu()
-    refuse_wrong_settings(config)
-    cells = []
-    shared: dict = {"versions": versions(), "reward_function": config.reward}
-    for key in ("n", "temperature", "seed", "max_response_tokens", "context", "dtype"):
-        shared[key] = getattr(config, key)
-    for model in config.model:
-        checkpoint = str(Path(model).resolve()) if Path(model).is_dir() else model
-        tokenizer = load_tokenizer(checkpoint, config.context)
-        weights = weights_fingerprint(checkpoint)
-        for template_name, task in product(config.template, config.tasks):
-            template = find_template(template_name, tokenizer)
-            problems = load_task(
-                task,
-                tokenizer,
-                template,
-                config.context,
-                config.data_dir,
-                config.problem_column,
-                config.answer_column,
-                config.answer_marker,
-                config.split,
-                needs_answer=config.reward == "math",
-            )[: config.limit]
-            data = sha256([(problem.text, problem.answers) for problem in problems])
-            settings = shared | {"model": model, "template": template_name, "task": task}
-            settings |= {"weights": weights, "data": data}
-            name = "_".join((model, template_name, task)).strip("/.").replace("/", "-")
-            file = config.output / f"{name}.jsonl"
-            cells.append(Cell(checkpoint, template, problems, settings, file))
-            saved_rows(file, cells[-1].labels)
-    check_reward(config.reward, cells[0].problems[0].row)
-    config.output.mkdir(parents=True, exist_ok=True)
-    return cells
-
-
-def measure_cells(config: EvalConfig, cells: list[Cell]) -> list[dict]:
-    """Settings and scores of each cell; the ranks end with it."""
+def score(config: EvalConfig, model: str, tasks: dict[str, list[Problem]]) -> list[dict]:
+    """The scores of each task, on rank 0, which writes the responses; the ranks end with it."""
+    start_ranks()
+    folder = config.folder
+    if dist.get_rank() == 0:  # what an earlier command left would stand beside other responses
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").unlink(missing_ok=True)
+        (folder / "responses.jsonl").write_text("")
+    records.say(f"loading {config.model} and starting vLLM")
+    sampler = Sampler(model, config.context, config.seed)
     results = []
-    for checkpoint in dict.fromkeys(cell.checkpoint for cell in cells):
-        start_ranks(checkpoint)
-        sampler = Sampler(
-            checkpoint, config.context, config.seed, config.tensor_parallel, dtype=config.dtype
-        )
-        for cell in [cell for cell in cells if cell.checkpoint == checkpoint]:
-            with Grader(cell.template, reward=config.reward) as grader:
-                scores = evaluate(
-                    sampler,
-                    grader,
-                    cell.problems,
-                    config.max_response_tokens,
-                    config.n,
-                    config.temperature,
-                    config.seed,
-                    cell.file,
-                    cell.labels,
-                )
-            long = [p for p in cell.problems if len(p.prompt_ids) > config.max_prompt_tokens]
-            sizes = {"problems": len(cell.problems), "long_prompts": len(long)}
-            results.append(cell.settings | cell.labels | sizes | scores)
-        sampler.close()
-        del sampler  # the next engine needs the memory
+    workers, timeout = config.grader_workers, config.grader_timeout
+    with Grader(config.template, workers, timeout, config.reward) as grader:
+        for task, problems in tasks.items():
+            records.say(f"{task}: {config.n} responses to each of {len(problems)} problems")
+            rollouts = evaluate(sampler, grader, problems, config)
+            if dist.get_rank() == 0:
+                rows = response_rows(task, grader, problems, rollouts)
+                records.append_rows(folder / "responses.jsonl", rows)
+                scores = scores_of(rollouts, config.n, grader)
+                results.append({"task": task, "problems": len(problems)} | scores)
+    sampler.close()
+    end_ranks()
     return results
 
 
-def report(config: EvalConfig, results: list[dict]) -> None:
+def report(config: EvalConfig, model: str, results: list[dict]) -> None:
     """Print the table, and write results.json."""
-    averages = []
-    for model, template in product(config.model, config.template):
-        same = [r for r in results if (r["model"], r["template"]) == (model, template)]
-        if len(same) > 1:
-            total = sum(result["problems"] for result in same)
-            labels = {"model": model, "template": template, "task": "average", "problems": total}
-            averages.append(labels | average(same))
-    print(scores_table(results + averages, config.n))
-    text = json.dumps({"results": results, "averages": averages}, indent=2)
-    (config.output / "results.json").write_text(text + "\n")
-    print(f"\nresults.json and the responses are in {config.output}")
-
-
-def regrade_file(file: Path, template: str) -> None:
-    """Grade the responses of a file again, print what changed, write them beside it."""
-    if not file.is_file():
-        raise ValueError(f"no file {file}")
-    rows = read_rows(file)
-    print(regrade(rows, template))
-    write_rows(file.with_suffix(".regraded.jsonl"), rows)
+    rows = list(results)
+    if len(results) > 1:
+        total = sum(result["problems"] for result in results)
+        rows.append({"task": "average", "problems": total} | average(results))
+    print(f"\n{config.model}, template {config.template}, temperature {config.temperature:g}\n")
+    print(scores_table(rows, config.n))
+    facts = {"settings": vars(config), "folder": model, "versions": records.versions()}
+    records.write_json(config.folder / "results.json", facts | {"results": rows})
+    print(f"\nresults.json and responses.jsonl are in {config.folder}")
 
 
 def main() -> None:
-    config = tyro.cli(EvalConfig, description=__doc__)
     try:
+        config = tyro.cli(EvalConfig, description=__doc__)
         if config.regrade:
-            regrade_file(config.regrade, config.template[0])
+            file = Path(config.regrade)
+            rows = records.read_rows(file)
+            print(regrade(rows, config.template))
+            new = file.with_suffix(".regraded.jsonl")
+            new.write_text("")
+            records.append_rows(new, rows)
             return
-        cells = prepare_cells(config)
+        model, tasks = prepare(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    results = measure_cells(config, cells)
+    results = score(config, model, tasks)
     if os.environ["RANK"] == "0":
-        report(config, results)
+        report(config, model, results)
 
 
 if __name__ == "__main__":
