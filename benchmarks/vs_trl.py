@@ -41,8 +41,8 @@ from benchmarks.shapes import length_mix, make_model, response_text
 from benchmarks.step import Answering
 from support.data import load_problems, load_tokenizer
 from support.grader import Grader
-from support.metrics import markdown, versions
-from support.ranks import start_ranks
+from support.records import markdown, versions
+from support.run import start_ranks
 from templates import TEMPLATES
 
 
@@ -116,33 +116,45 @@ def toy_problems(model: str):
 def run_ours(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
     """Seconds of each round, norms of the gradients, and response tokens of each round."""
     config = our_config(options)
+    return (
+        whole_steps(config, options, rounds) if options.whole else learner(config, options, rounds)
+    )
+
+
+def whole_steps(config: drgrpo.Config, options: Options, rounds: int):
+    """As run_ours, of whole steps."""
+    if options.shape != "toy":
+        drgrpo.Sampler = Answering  # type: ignore[misc]
+    problems = toy_problems(config.model)
     seconds, norms, tokens = [], [], []
-    if options.whole:
-        if options.shape != "toy":
-            drgrpo.Sampler = Answering  # type: ignore[misc]
-        policy, optimizer, sampler, grader = drgrpo.start(config)
+    with drgrpo.start(config) as (policy, optimizer, sampler, grader):
         ready(grader)
-        problems = toy_problems(config.model)
-    else:
-        start_ranks()
-        policy = drgrpo.make_policy(config)
-        optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), fused=True)
-    for step in range(rounds):
-        rollouts = fixed_rollouts(options)
-        start = time.perf_counter()
-        if options.whole:
+        for step in range(rounds):
+            start = time.perf_counter()
             metrics, rollouts = drgrpo.train_step(
                 config, step, problems, policy, optimizer, sampler, grader
             )
-        else:
-            updates = drgrpo.split_updates(rollouts, config, step, rank=0, world=1)
-            metrics = dict(drgrpo.update(policy, optimizer, updates, config))
+            seconds.append(time.perf_counter() - start)
+            norms.append(float(metrics["grad_norm"] or 0.0))
+            tokens.append(sum(len(r.response_ids) for r in rollouts))
+    return seconds, norms, tokens
+
+
+def learner(config: drgrpo.Config, options: Options, rounds: int):
+    """As run_ours, of learning alone, from responses that are given."""
+    start_ranks()
+    policy = drgrpo.make_policy(config)
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), fused=True)
+    seconds, norms, tokens = [], [], []
+    for step in range(rounds):
+        rollouts = fixed_rollouts(options)
+        start = time.perf_counter()
+        updates = drgrpo.split_updates(rollouts, config, step, rank=0, world=1)
+        drgrpo.add_old_logprobs(policy, updates[1:], config)
+        sums = [drgrpo.update(policy, optimizer, batches, config) for batches in updates]
         seconds.append(time.perf_counter() - start)
-        norms.append(float(metrics["grad_norm"] or 0.0))
+        norms.append(sums[0]["grad_norm"])
         tokens.append(sum(len(r.response_ids) for r in rollouts))
-    if options.whole:
-        grader.close()
-        sampler.close()
     return seconds, norms, tokens
 
 
