@@ -460,6 +460,7 @@ class Run:
         if dist.get_rank() == 0:
             stop = TEMPLATES[config.template].stop
             self.records = Records(config, facts, stop, self.first_step)
+            say_if_scarce(config.folder, policy)
 
     def __enter__(self) -> "Run":
         return self
@@ -517,6 +518,22 @@ class Run:
         os.replace(new_link, link)
         if old.startswith("export-"):
             shutil.rmtree(link.with_name(old))
+
+
+def say_if_scarce(folder: Path, policy: "Policy") -> None:
+    """Print it if a run that begins is likely to find the disk or the memory too small."""
+    count = sum(weight.numel() for weight in policy.parameters())
+    state, export = 12 * count, policy.saved_dtype.itemsize * count  # bytes
+    written = [*folder.glob("state/*/*"), *folder.glob("export-*/*")]
+    there = sum(file.stat().st_size for file in written)
+    disk = 3 * state + 2 * export - there  # a third state is written before the first one goes
+    memory = state + export  # copies, while they are written
+    for name, needed, free in (
+        ("disk", disk, shutil.disk_usage(folder).free),
+        ("memory", memory, psutil.virtual_memory().available),
+    ):
+        if needed > free:
+            say(f"little {name}: {free / 1e9:.1f} GB are free, saving may take {needed / 1e9:.1f}")
 
 
 def model_card(config: "Config", step: int, metrics: dict) -> str:
