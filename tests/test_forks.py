@@ -1,338 +1,376 @@
-"""Facts about forks/: each diff applies to the tree as it is and does what its paragraph says.
+"""Facts about forks/: each diff applies to drgrpo.py as it is and does what forks/README.md says.
 
-A fork is made in a copy of the tree. What it promises is checked by a function of this file, which
-a process of its own calls inside that copy, and by two steps of the toy.
+A fork is made from a copy of drgrpo.py and imported beside it, under another name.
 """
 
+import importlib.util
+import itertools
 import math
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 
 import drgrpo
-from drgrpo import (
-    Policy,
-    collate,
-    drgrpo_loss,
-    forward_backward,
-    group_advantages,
-    make_policy,
-    score,
-    split_updates,
-    train_step,
-    update,
-)
-from forks.format_bonus import format_bonus
 from support.data import Problem
-from support.grader import Verdict
-from support.ranks import start_ranks
-from templates import TEMPLATES, find_template
-from tests.helpers import (
-    ROOT,
-    TOY,
-    FakeSampler,
-    assert_same,
-    launch,
-    read_jsonl,
-    some_rollouts,
-    tiny_model,
-)
+from support.grader import Grader
+from test_drgrpo import BoxGrader, distance_after_scaling
+from tests.helpers import ROOT, FakeSampler, assert_same, launch, read_jsonl, tiny_model
+
+pytestmark = pytest.mark.project
 
 FORKS = ROOT / "forks"
 README = (FORKS / "README.md").read_text()
 DIFFS = sorted(path.stem for path in FORKS.glob("*.diff"))
 each_diff = pytest.mark.parametrize("name", DIFFS)
 
-# ------------------------------------------------------------------- inside a fork: its promise
 
-
-def gradient(policy: torch.nn.Module, batches: list, config) -> torch.Tensor:
-    """The gradient that an update of these micro-batches has."""
-    policy.zero_grad()
-    for batch in batches:
-        forward_backward(policy, batch, config)
-    return torch.cat([weight.grad.flatten() for weight in policy.parameters()])
-
-
-def a_policy(**settings):
-    """A tiny model as the policy of a run, its optimizer, and the run's config."""
-    start_ranks()
-    with tempfile.TemporaryDirectory() as folder:
-        tiny_model().save_pretrained(folder)
-        config = replace(TOY, model=folder, **settings)
-        policies = make_policy(config), make_policy(config)
-    return *policies, torch.optim.SGD(policies[0].parameters(), config.lr), config
-
-
-def clip_higher():
-    def slope(ratio, advantage, high):
-        """Of the loss, against the log-prob."""
-        logprob = torch.tensor([[math.log(ratio)]], requires_grad=True)
-        one = torch.ones(1, 1)
-        loss, _ = drgrpo_loss(
-            logprob, one * 0, torch.tensor([advantage]), one, 1.0, 0.2, clip_eps_high=high
-        )
-        loss.backward()
-        return round(logprob.grad.item(), 4)
-
-    assert slope(1.25, 1.0, high=0.28) == -1.25, "a ratio between the two clips has a gradient"
-    assert slope(1.25, 1.0, high=0.2) == slope(1.3, 1.0, high=0.28) == 0
-    assert slope(0.75, -1.0, high=0.28) == 0 and slope(0.85, -1.0, high=0.28) == 0.85
-    start_ranks()
-    policy = Policy(tiny_model())
-    batch = collate([replace(rollout, advantage=1.0) for rollout in some_rollouts()])
-    logprobs = policy(batch.ids, batch.response_mask).detach()
-    batch.old_logprobs = logprobs - math.log(1.25) * batch.response_mask
-    config = replace(TOY, tis_cap=None)
-    assert config.clip_eps_high == 0.28
-    assert gradient(policy, [batch], config).norm() > 0
-    assert gradient(policy, [batch], replace(config, clip_eps_high=0.2)).norm() == 0
-
-
-def leave_one_out():
-    rewards = torch.rand(5, 8, generator=torch.Generator().manual_seed(0)).double()
-    ours = rewards - rewards.mean(dim=1, keepdim=True)
-    torch.testing.assert_close(group_advantages(rewards), ours * 8 / 7, rtol=1e-12, atol=1e-12)
-    first = rewards[0, 0] - rewards[0, 1:].mean()
-    assert abs(group_advantages(rewards)[0, 0] - first) < 1e-12
-    assert group_advantages(torch.tensor([[1.0, 0, 0, 0]])).tolist()[0][0] == 1
-    for equal in (torch.full((2, 12), 1 / 3), torch.ones(3, 1)):  # one response: an evaluation
-        assert torch.equal(group_advantages(equal), torch.zeros_like(equal))
-
-
-def mask_truncated():
-    policy, _, _, config = a_policy(
-        prompts_per_step=3, samples_per_prompt=4, responses_per_update=12, tis_cap=None
-    )
-    problems = [Problem(f"p{i}", [5], ["1"]) for i in range(3)]
-
-    def scored(is_cut):
-        rollouts = []
-        for i, rollout in enumerate(some_rollouts(12)):
-            reason = "length" if is_cut(i) else "stop"
-            rollouts.append(replace(rollout, problem=i // 4, finish_reason=reason, text=str(i)))
-        right = lambda texts, *others: [Verdict(float(int(text) % 3 == 1), None) for text in texts]
-        return score(SimpleNamespace(verdicts=right), problems, rollouts, 4, config)
-
-    rollouts = scored(lambda i: i % 4 == 0)
-    for group in groups_of(4, rollouts):
-        mean = sum(rollout.reward for rollout in group) / 4
-        assert group[0].reward == group[0].advantage == 0, "the first was cut off"
-        assert [r.advantage for r in group[1:]] == [r.reward - mean for r in group[1:]]
-    (batches,) = split_updates(rollouts, config, 0, 0, 1)
-    kept = [rollout for rollout in rollouts if rollout.finish_reason == "stop"]
-    assert sum(len(batch.problems) for batch in batches) <= len(kept)
-    # The first update's gradient from its definition: N is 12, though 3 have left the loss
-    by_hand = Policy(tiny_model())
-    batch = collate(kept)
-    logprobs = by_hand(batch.ids, batch.response_mask).sum(dim=1)
-    (-(batch.advantages * logprobs).sum() / (12 * config.max_response_tokens)).backward()
-    expected = torch.cat([weight.grad.flatten() for weight in by_hand.parameters()])
-    assert_same(expected, full(gradient(policy, batches, config)))
-    (batches,) = split_updates(scored(lambda i: True), config, 0, 0, 1)
-    assert full(gradient(policy, batches, config)).norm() == 0, "all of them were cut off"
-
-
-def kl_to_base():
-    # The loss is larger by beta * k3, and its slope pulls each log-prob to the base model's
-    logprobs = torch.tensor([[-1.0, -2.0, -3.0, 7.0]], requires_grad=True)
-    base, mask = torch.tensor([[-1.5, -2.0, -2.0, float("nan")]]), torch.tensor([[1, 1, 1, 0]])
-    arguments = logprobs, logprobs.detach(), torch.zeros(1), mask, 10.0
-    loss, sums = drgrpo_loss(*arguments, base_logprobs=base, kl_beta=0.5)
-    k3 = sum(math.exp(r) - 1 - r for r in (-0.5, 0.0, 1.0))
-    assert abs(loss.item() - 0.5 * k3 / 10) < 1e-6 and abs(sums["kl_to_base"].item() - k3) < 1e-5
-    loss.backward()
-    expected = torch.tensor([[1 - math.exp(-0.5), 0, 1 - math.exp(1), 0]]) * 0.5 / 10
-    torch.testing.assert_close(logprobs.grad, expected)
-    lengths, _ = drgrpo_loss(*arguments, divide_by_length=True, base_logprobs=base, kl_beta=0.5)
-    assert abs(lengths.item() - 0.5 * k3 / 10 / 3) < 1e-6, "divided as the rest of the loss is"
-
-    settings = dict(lr=0.01, kl_beta=0.5, tis_cap=None, max_gap=1e9, responses_per_update=6)
-    policy, base, optimizer, config = a_policy(
-        prompts_per_step=3, samples_per_prompt=4, max_response_tokens=20, **settings
-    )
-    base.requires_grad_(False)
-    rollouts = [replace(rollout, advantage=0.0) for rollout in some_rollouts(12)]
-
-    def learn():
-        updates = split_updates(rollouts, config, 0, 0, 1)
-        assert sum(len(b.problems) for batches in updates for b in batches) == 12
-        drgrpo.ask_base(base, updates, config)
-        return update(policy, optimizer, updates, config)
-
-    still = learn()
-    assert still["kl_to_base"] == still["grad_norm"] == 0, "the policy is the base model"
-    before = [weight.full_tensor().clone() for weight in base.parameters()]
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.mul_(1.05)
-    found = [learn()["kl_to_base"] for _ in range(10)]
-    assert 0 < found[-1] < found[0] / 2, found
-    after = [weight.full_tensor() for weight in base.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-
-
-def second_template():
-    template = find_template("question", tokenizer=None)
-    assert replace(TOY, template="question").template == template.name == "question"
-    prompt = template.render("What is 1+1?")
-    assert prompt.startswith("Question: What is 1+1?\n") and prompt.endswith("\nAnswer:")
-    assert "\\boxed{}" in prompt
-    response = " 1+1=2, so \\boxed{2}\nQuestion:"
-    assert response.endswith(template.stop) and template.extract(response) == "2"
-
-
-def lr_schedule():
-    config = replace(TOY, lr=1.0, warmup_steps=4)
-    rates = [drgrpo.learning_rate(config, step) for step in (0, 1, 3, 4, 100)]
-    assert rates == [0.25, 0.5, 1, 1, 1]
-    assert drgrpo.learning_rate(replace(config, steps=1000), 1) == 0.5
-    assert drgrpo.learning_rate(replace(config, warmup_steps=1), 0) == 1
-    policy, _, _, config = a_policy(
-        prompts_per_step=2, samples_per_prompt=4, responses_per_update=4, max_response_tokens=9
-    )
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=123.0)  # as if another run had left it
-    right = lambda texts, *others: [Verdict(float("1" in text), None) for text in texts]
-    grader = SimpleNamespace(template=TEMPLATES["none"], start=lambda *_: None, verdicts=right)
-    problems = [Problem(f"p{i}", [5, 6, i], ["1"]) for i in range(3)]
-    sampler = FakeSampler(policy)
-    metrics, _ = train_step(config, 4, problems, policy, optimizer, sampler, grader)
-    assert {group["lr"] for group in optimizer.param_groups} == {metrics["lr"]}
-    assert math.isclose(metrics["lr"], config.lr * 5 / 20)
-
-
-PROMISES = {
-    "clip-higher": clip_higher,
-    "leave-one-out": leave_one_out,
-    "mask-truncated": mask_truncated,
-    "kl-to-base": kl_to_base,
-    "second-template": second_template,
-    "lr-schedule": lr_schedule,
-}
-INSIDE = """
-from pathlib import Path
-import drgrpo
-from tests.test_forks import PROMISES
-assert Path(drgrpo.__file__).parent == Path.cwd(), drgrpo.__file__
-PROMISES[{name!r}]()
-"""
-
-
-def full(gradient: torch.Tensor) -> torch.Tensor:
-    return gradient.full_tensor()
-
-
-def groups_of(size: int, rows: list) -> list[list]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-# ------------------------------------------------------------------------- outside: the forks
-
-
-def git(*arguments, folder) -> subprocess.CompletedProcess:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    return subprocess.run(
-        ["git", *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True
-    )
+def apply(name, folder):
+    """Apply a diff in a folder that has drgrpo.py; returns git's process."""
+    # git would skip the files of a repository that the folder happens to be in
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    command = ["git", "apply", FORKS / f"{name}.diff"]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
-def tree(tmp_path_factory):
-    """A copy of the tree, with what is not committed yet and without what git ignores."""
-    folder = tmp_path_factory.mktemp("forks") / "tree"
-    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", folder=ROOT)
-    assert listed.returncode == 0, listed.stderr
-    for name in listed.stdout.split("\0"):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    git("init", "--quiet", folder=folder)
-    return folder
-
-
-@pytest.fixture
-def fork(tree, tmp_path):
-    """fork(name) is a copy of the tree with that diff applied."""
+def fork(tmp_path_factory):
+    """fork(name) is drgrpo.py with that diff, as a module; fork("drgrpo") is as it is."""
+    forks: dict[str, ModuleType] = {"drgrpo": drgrpo}
 
     def make(name):
-        folder = tmp_path / name
-        shutil.copytree(tree, folder)
-        if (FORKS / f"{name}.diff").exists():
-            apply(name, folder)
-        return folder
+        if name not in forks:
+            folder = tmp_path_factory.mktemp(name)
+            shutil.copy(ROOT / "drgrpo.py", folder)
+            applied = apply(name, folder)
+            assert applied.returncode == 0, f"forks/{name}.diff does not apply: {applied.stderr}"
+            spec = importlib.util.spec_from_file_location(f"fork_{name}", folder / "drgrpo.py")
+            forks[name] = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = forks[name]  # dataclasses look there
+            spec.loader.exec_module(forks[name])
+        return forks[name]
 
     return make
 
 
-def apply(name, folder, *options):
-    done = git("apply", *options, FORKS / f"{name}.diff", folder=folder)
-    if done.returncode != 0:
-        pytest.fail(
-            f"forks/{name}.diff does not apply to drgrpo.py and templates.py as they are now: make "
-            f"the change by hand and write `git diff -U1` into it.\n{done.stderr}"
-        )
+def config_of(module, **settings):
+    """The toy's settings, as this module has them."""
+    return replace(module.PRESETS["toy"][1], **settings)
 
 
-def changed_lines(name, sign):
-    lines = (FORKS / f"{name}.diff").read_text().splitlines()
-    return [line for line in lines if line[0] == sign and not line.startswith(sign * 3)]
+# --------------------------------------------------------------------------- all of them
 
 
-def changed_files(name):
-    return re.findall(r"^\+\+\+ b/(.*)$", (FORKS / f"{name}.diff").read_text(), re.MULTILINE)
-
-
-def section(name):
-    """The paragraph of forks/README.md on a fork."""
-    return re.search(rf"^## {re.escape(name)}$(.*?)(?=^## |\Z)", README, re.M | re.S).group(1)
-
-
-def test_every_fork_has_a_paragraph_with_a_command_and_its_facts():
-    titles = re.findall(r"^## (.*)$", README, re.MULTILINE)
-    there = [path.name for path in FORKS.iterdir() if path.suffix in (".diff", ".py")]
-    assert sorted(titles) == sorted(there)
-    assert set(PROMISES) == set(DIFFS) and set(RUNS) == set(DIFFS) | {"format_bonus"}
-    for title in titles:
-        assert "*For it:*" in section(title) and "*Against it:*" in section(title)
+def hunks(name):
+    """The text that each hunk of a diff replaces."""
+    parts = re.split(r"^@@.*\n", (FORKS / f"{name}.diff").read_text(), flags=re.M)[1:]
+    kept = [[line for line in part.splitlines() if not line.startswith("+")] for part in parts]
+    return ["".join(line[1:] + "\n" for line in lines) for lines in kept]
 
 
 @each_diff
-def test_a_diff_applies_to_the_tree_as_it_is_and_back(tree, fork, name):
-    folder = fork(name)
-    for file in changed_files(name):
-        assert (folder / file).read_text() != (tree / file).read_text()
-    apply(name, folder, "-R")
-    for file in changed_files(name):
-        assert (folder / file).read_text() == (tree / file).read_text()
+def test_a_diff_fits_one_place_wherever_other_lines_are_added(name, tmp_path):
+    script = (ROOT / "drgrpo.py").read_text()
+    assert [text for text in hunks(name) if script.count(text) != 1] == []
+    grown = re.sub(r"^# -{20}", "# A new line\n" * 9 + "# " + "-" * 20, script, flags=re.M)
+    (tmp_path / "drgrpo.py").write_text(grown)
+    assert apply(name, tmp_path).returncode == 0
+    forked = (tmp_path / "drgrpo.py").read_text().replace("# A new line\n", "")
+    (tmp_path / "drgrpo.py").write_text(script)
+    assert apply(name, tmp_path).returncode == 0
+    assert (tmp_path / "drgrpo.py").read_text() == forked
 
 
 @each_diff
-def test_a_diff_is_small(name):
-    assert len(changed_lines(name, "+")) <= (30 if name == "kl-to-base" else 10)
-    assert len(changed_lines(name, "-")) <= 12
+def test_a_diff_is_small_and_keeps_the_style(fork, name):
+    added = re.findall(r"^\+(?!\+\+ )", (FORKS / f"{name}.diff").read_text(), re.M)
+    assert f"| [{name}](#{name}) | {len(added)} lines |" in README
+    for command in (["check"], ["format", "--check"]):
+        ruff = ["-m", "ruff", *command, "--config", ROOT / "pyproject.toml", fork(name).__file__]
+        done = subprocess.run([sys.executable, *ruff], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
-@each_diff
-def test_a_fork_keeps_the_style(fork, name):
-    folder = fork(name)
-    for command in ("check", "format --check"):
-        ruff = [sys.executable, "-m", "ruff", *command.split(), *changed_files(name)]
-        done = subprocess.run(ruff, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, f"forks/{name}.diff: {done.stdout}{done.stderr}"
+def test_every_fork_is_explained_and_has_a_command_that_it_understands(fork):
+    titles = re.findall(r"^## (.*)$", README, re.M)
+    assert sorted(titles) == sorted([*DIFFS, "format_bonus"])
+    for title, text in zip(titles, re.split(r"^## ", README, flags=re.M)[1:], strict=True):
+        (command,) = re.findall(r"^    python drgrpo.py (.*)$", text, re.M)
+        module = fork("drgrpo" if title == "format_bonus" else title)
+        config = drgrpo.tyro.extras.overridable_config_cli(module.PRESETS, args=command.split())
+        assert config.name == title.replace("_", "-")
 
 
-@each_diff
-def test_a_fork_does_what_its_paragraph_says(fork, name):
-    launch(1, "-c", INSIDE.format(name=name), folder=fork(name))
+# --------------------------------------------------------------------------- the maths
+
+
+def expected_gradients(module, prompts=(([1], [0.9, 1.0, 0.3]), ([0, 1], [0, 0, 1.0])), **settings):
+    """As in test_drgrpo.py, but through all that makes an update of rewards.
+
+    (expected gradient of -loss, gradient of the expected reward) of a tiny policy that writes EOS;
+    1 EOS; or 1 1, which is truncated. All groups of 2 are listed.
+    """
+    size, model = 2, tiny_model(vocab_size=2)
+    usual = dict(prompts_per_step=1, samples_per_prompt=size, responses_per_update=size)
+    config = config_of(module, max_response_tokens=2, tis_cap=None, **usual | settings)
+    policy, expected_reward, gradient = module.Policy(model), 0, 0
+    for prompt, rewards in prompts:
+        responses = ([0], [1, 0], [1, 1])
+        batch = module.collate([module.Rollout(0, prompt, r, [0.0] * len(r)) for r in responses])
+        probability = policy(batch.ids, batch.response_mask).sum(dim=1).exp()
+        expected_reward = expected_reward + (probability * torch.tensor(rewards)).sum()
+        for group in itertools.product(range(3), repeat=size):
+            rollouts = [
+                module.Rollout(
+                    0, prompt, responses[i], [0.0] * len(responses[i]), reward=rewards[i]
+                )
+                for i in group
+            ]
+            for rollout in rollouts:
+                rollout.finish_reason = "stop" if 0 in rollout.response_ids else "length"
+            enter_advantages(module, rollouts, config)
+            model.zero_grad()
+            for micro_batch in module.split_updates(rollouts, config, 0, 0, 1)[0]:
+                module.forward_backward(policy, micro_batch, config)
+            flat = torch.cat([weight.grad.flatten() for weight in model.parameters()])
+            gradient = gradient - probability[list(group)].prod().detach() * flat
+    exact = torch.autograd.grad(expected_reward, model.parameters())
+    return gradient, torch.cat([part.flatten() for part in exact])
+
+
+def enter_advantages(module, rollouts, config):
+    """As train_step does it: the lines are taken from there."""
+    source = open(module.__file__).read()
+    (lines,) = re.findall(r"^    rewards = torch.*?(?=^    with timed)", source, re.M | re.S)
+    exec(
+        re.sub("^    ", "", lines, flags=re.M),
+        vars(module) | dict(rollouts=rollouts, config=config),
+    )
+
+
+@pytest.mark.parametrize("name, biased, settings", [
+    ("drgrpo", False, {}),
+    ("drgrpo", True, {"divide_by_length": True}),
+    ("clip-higher", False, {}),
+    ("gspo", False, {}),
+    ("gspo", True, {"divide_by_length": True}),
+    ("token-mean", True, {}),
+    ("mask-truncated", True, {}),
+    ("kl-to-base", False, {}),
+    ("transformers-sampler", False, {}),
+])  # fmt: skip
+def test_the_expected_gradient_is_biased_where_the_readme_says_so(
+    ranks, fork, name, biased, settings
+):
+    distance = distance_after_scaling(*expected_gradients(fork(name), **settings))
+    assert (distance > 0.005) if biased else (distance < 1e-5)
+    row = README.partition(f"| [{name}](#{name})")[2].partition("\n")[0]
+    assert name == "drgrpo" or settings or ("**biased**" in row) == biased
+
+
+def loss_of(module, logprobs, advantages, mask=None, denominator=1.0, **settings):
+    """(loss, its slope against each log-prob, sums); the old log-probs are 0."""
+    logprobs = torch.tensor(logprobs, requires_grad=True)
+    mask = torch.ones_like(logprobs) if mask is None else torch.tensor(mask)
+    zeros, advantages = torch.zeros_like(logprobs), torch.tensor(advantages)
+    loss, sums = module.drgrpo_loss(logprobs, zeros, advantages, mask, denominator, **settings)
+    loss.backward()
+    return loss.item(), logprobs.grad, sums
+
+
+def test_clip_higher_clips_at_another_ratio_above_one(fork):
+    module = fork("clip-higher")
+
+    def slope(ratio, advantage, high):
+        _, slopes, _ = loss_of(module, [[math.log(ratio)]], [advantage], clip_eps_high=high)
+        return round(slopes.item(), 4)
+
+    assert slope(1.25, 1.0, high=0.28) == -1.25, "a ratio between the two clips has a gradient"
+    assert slope(1.25, 1.0, high=0.2) == slope(1.25, 1.0, high=None) == slope(1.3, 1.0, 0.28) == 0
+    assert slope(0.75, -1.0, high=0.28) == 0 and slope(0.85, -1.0, high=0.28) == 0.85
+
+
+def test_gspo_has_one_ratio_for_a_response(fork):
+    """With the division by the length it is GSPO's formula; clipped and unclipped responses."""
+    logs, mask = [[0.3, -0.1, 0.1], [0.2, 0.6, 9.0]], [[1, 1, 1], [1, 1, 0]]
+    ratios = [math.exp(0.1), math.exp(0.4)]  # of the means over 3 and 2 tokens
+    module, both = fork("gspo"), [1.0, 2.0]
+    loss, slopes, sums = loss_of(module, logs, both, mask, 2, divide_by_length=True)
+    assert loss == pytest.approx(-(ratios[0] + 2 * 1.2) / 2), "the second is above 1.2"
+    expected = torch.tensor([[-ratios[0] / 3 / 2] * 3, [0.0] * 3])
+    torch.testing.assert_close(slopes, expected)
+    assert sums["clipped"] == 2, "both tokens of the second response"
+    k3 = sum(math.exp(x) - 1 - x for x in (0.3, -0.1, 0.1, 0.2, 0.6))
+    assert sums["kl"].item() == pytest.approx(k3, rel=1e-5), "kl stays that of the tokens"
+    summed, slopes, _ = loss_of(module, logs, both, mask, 2)
+    assert summed == pytest.approx(-(3 * ratios[0] + 2 * 2 * 1.2) / 2)
+    torch.testing.assert_close(slopes, expected * 3)
+    weights = torch.tensor([[0.5, 1.0, 3.0], [1.0, 1.0, 1.0]])
+    _, slopes, _ = loss_of(module, logs, both, mask, 2, importance_weights=weights)
+    torch.testing.assert_close(slopes, expected * 3 * 1.5), "the mean of 0.5, 1 and 3"
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_token_mean_counts_the_tokens_of_all_ranks(fork, world):
+    module = fork("token-mean")
+    settings = dict(prompts_per_step=6, responses_per_update=24, tokens_per_microbatch=60)
+    rollouts = [
+        module.Rollout(i, [5] * 9, [6] * (1 + i % 7), [0.0] * (1 + i % 7), advantage=float(i % 2))
+        for i in range(48)
+    ]
+    config, draws = config_of(module, **settings), []
+    for rank in range(world):
+        for batches in module.split_updates(rollouts, config, 0, rank, world):
+            (found,) = {batch.denominator for batch in batches}
+            draws.append(found)
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    assert draws == draws[:2] * world and sum(draws[:2]) == tokens
+    by_length = replace(config, divide_by_length=True)
+    assert module.split_updates(rollouts, by_length, 0, 0, 1)[0][0].denominator == 24
+
+
+def test_the_kl_to_base_is_k3_and_has_the_slope_of_the_other_kl(fork):
+    module, logs, base = fork("kl-to-base"), [[0.5, 0.0, -1.0, 7.0]], [[0.0, 0.0, 0.0, math.nan]]
+    settings = dict(base_logprobs=torch.tensor(base), kl_beta=0.5)
+    loss, slopes, sums = loss_of(module, logs, [0.0], [[1, 1, 1, 0]], 10, **settings)
+    k3 = sum(math.exp(x) - 1 - x for x in (-0.5, 0.0, 1.0))
+    assert loss == pytest.approx(0.5 * k3 / 10)
+    assert sums["kl_to_base"].item() == pytest.approx(k3)
+    expected = torch.tensor([[1 - math.exp(-0.5), 0, 1 - math.exp(1), 0]]) * 0.5 / 10
+    torch.testing.assert_close(slopes, expected)
+    # Over all tokens that the policy may draw: the estimate is KL(policy || base) on average, and
+    # the slope is that of KL(base || policy)
+    logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    policy, frozen = logits[0].log_softmax(0), logits[1].log_softmax(0).detach()
+    arguments = policy[:, None], policy[:, None].detach(), torch.zeros(5), torch.ones(5, 1), 1.0
+    means = []
+    for row in range(5):
+        one = [x[row : row + 1] if torch.is_tensor(x) else x for x in arguments]
+        loss, _ = module.drgrpo_loss(*one, base_logprobs=frozen[row].view(1, 1), kl_beta=1.0)
+        means.append(policy[row].exp().detach() * loss)
+    mean = sum(means)
+    assert mean.item() == pytest.approx((policy.exp() * (policy - frozen)).sum().item(), rel=1e-5)
+    (slope,) = torch.autograd.grad(mean, logits, retain_graph=True)
+    (other,) = torch.autograd.grad((frozen.exp() * (frozen - policy)).sum(), logits)
+    assert_same(other, slope)
+
+
+# --------------------------------------------------------------------------- a step of each
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFS if name != "transformers-sampler"])
+def test_a_fork_makes_a_step(toy, ranks, fork, name, tmp_path):
+    module = fork(name)
+    tiny_model().save_pretrained(tmp_path)
+    settings = dict(prompts_per_step=4, samples_per_prompt=4, responses_per_update=8)
+    config = config_of(module, max_response_tokens=12, **settings)
+    policy, *base = [
+        module.make_policy(replace(config, model=str(tmp_path)))
+        for _ in range(2 if name == "kl-to-base" else 1)
+    ]
+    optimizer = torch.optim.AdamW(policy.parameters(), 1e-2)
+    problems = [Problem(f"p{i}", [5, i], ["1"]) for i in range(4)]
+    metrics, rollouts = module.train_step(
+        config, 3, problems, policy, optimizer, FakeSampler(policy), BoxGrader(), *base
+    )
+    assert metrics["grad_norm"] > 0 and math.isfinite(metrics["loss"]) and metrics["kl"] > 1e-4
+    cut = [rollout for rollout in rollouts if rollout.finish_reason == "length"]
+    assert cut and any(rollout.advantage for rollout in cut) == (name != "mask-truncated")
+    if name == "kl-to-base":
+        assert metrics["kl_to_base"] > 1e-4 and metrics["kl_to_base"] != metrics["kl"]
+
+
+def test_the_sampler_of_transformers_gives_ids_log_probs_endings_and_takes_weights(
+    toy, ranks, fork, tmp_path
+):
+    module, model = fork("transformers-sampler"), str(toy / "model")
+    policy = module.make_policy(config_of(module))
+    sampler = module.Sampler(model, 136, 0, reserve=0, sequences=8, can_sleep=True)
+    ids = sampler.tokenizer("What is 7-4+5-2?\n")["input_ids"]
+    problems, seeds = [Problem("", ids, ["6"]), Problem("", ids[:3], ["6"])], [11, 12]
+    for temperature, stop in ((1.0, ()), (1.5, ("=",)), (0.0, ())):
+        n = 4 if temperature else 1
+        groups = sampler.generate(problems, seeds, n, 30, temperature, stop)
+        alone = sampler.generate(problems[1:], seeds[1:], n, 30, temperature, stop)
+        assert [r.response_ids for r in groups[1]] == [r.response_ids for r in alone[0]]
+        rollouts = [rollout for group in groups for rollout in group]
+        assert [r.problem for r in rollouts] == [0] * n + [1] * n
+        drgrpo.check_endings(rollouts, model, stop)
+        assert all(len(r.response_ids) == 30 for r in rollouts if r.finish_reason == "length")
+        assert not stop or any(r.text.endswith("=") for r in rollouts)
+        assert all(r.text.count("=") <= len(stop) for r in rollouts if stop)
+        if temperature:
+            assert len({r.text for r in groups[0]}) > 1
+            assert gap_of(module, policy, groups, temperature) < 1e-4
+    assert {r.finish_reason for r in rollouts} <= {"stop", "length"}
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1.1)
+    stale = sampler.generate(problems, seeds, 4, 30, 1.0, ())
+    sampler.sleep()
+    sampler.wake(policy)
+    fresh = sampler.generate(problems, seeds, 4, 30, 1.0, ())
+    assert gap_of(module, policy, stale, 1.0) > 0.01
+    assert gap_of(module, policy, fresh, 1.0) < 1e-4
+    sampler.close()
+
+
+@torch.no_grad()
+def gap_of(module, policy, groups, temperature):
+    batch = module.collate([rollout for group in groups for rollout in group])
+    gap = policy(batch.ids, batch.response_mask, temperature) - batch.sampler_logprobs
+    policy.reshard()  # as a backward pass does
+    return (gap.abs().sum() / batch.response_mask.sum()).item()
+
+
+# --------------------------------------------------------------------------- whole runs
+
+WITHOUT_VLLM = """
+import runpy, sys
+sys.modules["vllm"] = None  # importing it raises ImportError
+sys.argv = ["drgrpo.py", *sys.argv[1:]]
+runpy.run_path("drgrpo.py", run_name="__main__")
+"""
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """run(name, *command) is the fork's run: (metrics, samples)."""
+
+    def make(name, ranks, *command, **settings):
+        for file in ("drgrpo.py", "templates.py"):
+            shutil.copy(ROOT / file, tmp_path)
+        assert apply(name, tmp_path).returncode == 0
+        (tmp_path / "runs").mkdir()
+        (tmp_path / "runs" / "toy-base").symlink_to(toy)
+        small = dict(prompts_per_step=8, responses_per_update=32, grader_workers=1)
+        launch(ranks, *command, "toy", folder=tmp_path, **small | settings)
+        return [
+            read_jsonl(tmp_path / "runs" / "toy" / f"{x}.jsonl") for x in ("metrics", "samples")
+        ]
+
+    return make
+
+
+@pytest.mark.slow
+def test_the_toy_learns_without_vllm(run):
+    settings = dict(steps=12, eval_every=12, prompts_per_step=16)
+    rows, samples = run("transformers-sampler", 1, "-c", WITHOUT_VLLM, **settings)
+    assert max(row["gap"] for row in rows[:-1]) < 1e-4, "the limit is 1e-3"
+    assert rows[-1]["eval_accuracy"] > rows[0]["eval_accuracy"] + 0.1
+    assert {s["finish_reason"] for s in samples} == {"stop", "length"}
+
+
+@pytest.mark.slow
+def test_the_kl_to_base_is_measured_on_two_ranks_from_the_first_step(run):
+    rows, _ = run("kl-to-base", 2, "drgrpo.py", steps=2, eval_dataset="None", kl_beta=0.04)
+    assert 0 < rows[0]["kl_to_base"] < 0.1 and rows[1]["kl_to_base"] > 0
 
 
 @pytest.mark.parametrize("response, reward", [
@@ -345,83 +383,12 @@ def test_a_fork_does_what_its_paragraph_says(fork, name):
     ("It is 4", 0.0),
     ("", 0.0),
 ])  # fmt: skip
-def test_the_format_bonus_is_for_one_box_at_the_end(response, reward):
-    assert format_bonus(response, {"answer": "4"}) == pytest.approx(reward)
+def test_the_format_bonus_is_for_one_box_at_the_end(format_grader, response, reward):
+    found = format_grader.grade([response], [[]], [{"answer": "4"}])
+    assert found == [pytest.approx(reward)]
 
 
-# ------------------------------------------------------------------- two steps of each command
-
-
-def clip_higher_run(run, rows):
-    assert '"clip_eps_high": 0.28' in (run / "config.json").read_text()
-    assert all(0 <= row["clipped"] <= 1 for row in rows)
-
-
-def leave_one_out_run(run, rows):
-    for group in groups_of(8, read_jsonl(run / "samples.jsonl")):
-        mean = sum(sample["reward"] for sample in group) / 8
-        for sample in group:
-            ours = sample["reward"] - mean
-            assert sample["advantage"] == pytest.approx(ours * 8 / 7, abs=1e-6)
-
-
-def mask_truncated_run(run, rows):
-    samples = read_jsonl(run / "samples.jsonl")
-    cut = [sample for sample in samples if sample["finish_reason"] == "length"]
-    assert cut and all(sample["advantage"] == 0 for sample in cut)
-    assert any(sample["advantage"] for sample in samples)
-
-
-def format_bonus_run(run, rows):
-    rewards = {round(s["reward"], 6) for s in read_jsonl(run / "samples.jsonl")}
-    assert 0.1 in rewards and rewards <= {0, 0.1, 1, 1.1}
-    assert all(row["errors"] == row["timeouts"] == 0 for row in rows)
-
-
-def kl_to_base_run(run, rows):
-    # At the first update the policy is the base model: only the second one is away from it
-    assert 0 < rows[0]["kl_to_base"] < 0.1 and rows[1]["kl_to_base"] > 0
-
-
-def second_template_run(run, rows):
-    prompts = {sample["prompt"] for sample in read_jsonl(run / "samples.jsonl")}
-    assert all(p.startswith("Question: What is") and p.endswith("\nAnswer:") for p in prompts)
-
-
-def lr_schedule_run(run, rows):
-    rates = [row["lr"] for row in rows if "lr" in row]
-    assert rates == pytest.approx([TOY.lr * (step + 1) / 20 for step in range(len(rates))])
-
-
-RUNS = {
-    "clip-higher": clip_higher_run,
-    "leave-one-out": leave_one_out_run,
-    "mask-truncated": mask_truncated_run,
-    "format_bonus": format_bonus_run,
-    "kl-to-base": kl_to_base_run,
-    "second-template": second_template_run,
-    "lr-schedule": lr_schedule_run,
-}
-TINY = (
-    "--prompts-per-step 4 --responses-per-update 16 --eval-dataset None --grader-workers 1"
-).split()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
-def test_the_command_of_a_fork_trains(toy, fork, name):
-    folder = fork(name)
-    (folder / "runs").mkdir()
-    (folder / "runs" / "toy-base").symlink_to(toy)
-    suffix = "py" if name == "format_bonus" else "diff"
-    (command,) = re.findall(r"^    python (.*)$", section(f"{name}.{suffix}"), re.MULTILINE)
-    words = shlex.split(command)
-    run = folder / "runs" / words[words.index("--name") + 1]
-    # Two ranks where a second model is sharded; a second command where a run must go on
-    for steps in (2, 3) if name == "lr-schedule" else (2,):
-        ranks = 2 if name == "kl-to-base" else 1
-        launch(ranks, *words, *TINY, "--steps", steps, folder=folder, timeout=600)
-        rows = [row for row in read_jsonl(run / "metrics.jsonl") if "reward" in row]
-        assert [row["step"] for row in rows] == list(range(steps))
-        assert all(row["weights_moved"] > 0 for row in rows)
-        RUNS[name](run, rows)
+@pytest.fixture(scope="module")
+def format_grader():
+    with Grader("none", 1, 30.0, f"{FORKS / 'format_bonus.py'}:format_bonus") as grader:
+        yield grader
