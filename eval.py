@@ -62,7 +62,8 @@ class EvalConfig:
             raise ValueError(f"template {self.template!r} must be one of {', '.join(TEMPLATES)}")
         if self.n < 1 or self.temperature < 0 or (self.n > 1 and self.temperature == 0):
             raise ValueError("n must be 1 or more, and above 1 only with a --temperature above 0")
-        if self.seed < 0 or self.max_response_tokens < 1 or (self.limit or 1) < 1:
+        smallest = min(self.max_response_tokens, 1 if self.limit is None else self.limit)
+        if self.seed < 0 or smallest < 1:
             raise ValueError("seed must be 0 or more; limit and max_response_tokens 1 or more")
 
     @property
@@ -313,9 +314,9 @@ def scores_table(rows: list[dict], n: int) -> str:
         table.append(cells)
         if graded and row["graded"] < row["responses"]:
             note = (
-                f"{row['task']}: {row['timeouts']} gradings timed out and {row['errors']} failed. "
-                "These responses are unknown, not wrong, and in no score of right and wrong. Read "
-                "`failure` in responses.jsonl."
+                f"{row['task']}: gradings that failed: {row['timeouts']} timeouts, {row['errors']} "
+                "errors. These responses are unknown, not wrong, and in no score of right and "
+                "wrong. Read `failure` in responses.jsonl."
             )
             if "right" in row:
                 wrong = row["right"] / row["responses"]
