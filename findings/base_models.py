@@ -1,193 +1,196 @@
-"""What base models do before any training: section 2 of arXiv 2503.20783, for models of yours.
+"""What base models do before any training: section 2 of arXiv 2503.20783.
 
+    python findings/base_models.py          # the finding: the toy base model, asked in two ways
     python findings/base_models.py --model Qwen/Qwen2.5-Math-1.5B --tasks math500
 
-asks each model with no template, r1 and qwen_math, 8 responses to a problem at temperature 1, and
-prints a table: does it answer at all, accuracy, pass@8, self-reflection and what it is worth. The
-figure is OUTPUT/analysis.png. With --judge an OpenAI-compatible endpoint looks for self-reflection
-as well. All settings of eval.py work here, too.
+The second form is for models of yours. Each is asked with each template (none, r1, qwen_math), 8
+responses to a problem at temperature 1. A table says: does it answer at all, accuracy, pass@8,
+self-reflection and what it is worth. Other options go to eval.py as they are.
 """
 
+import argparse
 import os
+import shlex
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from eval import EvalConfig, measure_cells, prepare_cells, report
-from support.metrics import markdown, mean, number, read_rows
-from templates import answer_in_loose_tags, last_boxed
+from findings.common import BLUE, GREEN, GREY, ROOT, TOY_BASE, Finding
+from support.records import markdown, mean, number, read_rows
+from templates import last_boxed
+from toy import make_toy
 
-# Words of self-reflection: the list of the paper (arXiv 2503.20783) and of its keyword_count.py
+# Words of self-reflection: the list of the paper and of its keyword_count.py
 REFLECTION = (
-    "recheck",
-    "rethink",
-    "reassess",
-    "reevaluate",
-    "re-evaluate",
-    "reevaluation",
-    "re-examine",
-    "reexamine",
-    "reconsider",
-    "reanalyze",
-    "double-check",
-    "check again",
-    "think again",
-    "verify again",
-    "go over the steps",
+    *("recheck", "rethink", "reassess", "reevaluate", "re-evaluate", "reevaluation", "re-examine"),
+    *("reexamine", "reconsider", "reanalyze", "double-check", "check again", "think again"),
+    *("verify again", "go over the steps"),
 )
-
-
-@dataclass(frozen=True)
-class AnalysisConfig(EvalConfig):
-    """Analyse base models. The settings are eval.py's, with other defaults."""
-
-    template: tuple[str, ...] = ("none", "r1", "qwen_math")
-    tasks: tuple[str, ...] = ("math500",)
-    n: int = 8
-    temperature: float = 1.0
-    output: Path = Path("runs/base_models")
-    judge: str | None = None  # URL of an OpenAI-compatible endpoint; may be left out
-    judge_model: str | None = None  # its key is the environment's OPENAI_API_KEY
 
 
 def reflects(response: str) -> bool:
     return any(word in response.lower() for word in REFLECTION)
 
 
+def answers(response: str) -> bool:
+    """Whether there is an answer in any of the formats of the templates."""
+    in_tags = "<answer>" in response and "</answer>" in response
+    return in_tags or last_boxed(response) is not None
+
+
 def analyse(rows: list[dict], n: int) -> dict[str, float | None]:
     """Shares of P*n responses, in the order of the problems. None: there is no such response."""
-    answers = []
-    for row in rows:
-        response = row["response"]
-        box, tags = last_boxed(response), answer_in_loose_tags(response)
-        answers.append(box is not None or tags is not None)
     reflecting = np.array([reflects(row["response"]) for row in rows])  # (P*n,)
-    right = np.array([row["correct"] for row in rows])  # (P*n,)
-    questions = np.asarray(reflecting.reshape(-1, n).any(axis=1))  # (P,)
+    right = np.array([row["correct"] is True for row in rows])  # (P*n,)
     return {
-        "answered": mean(answers),
+        "answered": mean(answers(row["response"]) for row in rows),
+        "accuracy": mean(right),
+        f"pass@{n}": mean(np.any(right.reshape(-1, n), axis=1).tolist()),
         "reflection": mean(reflecting),
-        "reflection_of_questions": mean(questions),
+        "reflection_of_problems": mean(np.any(reflecting.reshape(-1, n), axis=1).tolist()),
         "accuracy_reflecting": mean(right[reflecting]),
         "accuracy_not_reflecting": mean(right[~reflecting]),
+        "truncated": mean(row["finish_reason"] == "length" for row in rows),
+        "length_right": mean(row["length"] for row in rows if row["correct"] is True),
+        "length_wrong": mean(row["length"] for row in rows if row["correct"] is False),
     }
 
 
-COLUMNS = {
-    "answered": "answers",
-    "accuracy": "accuracy",
-    "reflection": "reflects: responses",
-    "reflection_of_questions": "reflects: questions",
-    "accuracy_reflecting": "accuracy with",
-    "accuracy_not_reflecting": "accuracy without",
-}
+def ask(model: str, template: str, folder: Path, n: int, options: list[str]) -> list[dict]:
+    """The graded responses of eval.py, n to a problem. Raises CalledProcessError if it fails."""
+    command = ["eval.py", "--model", model, "--template", template, "--output", str(folder)]
+    command += ["--n", str(n), "--temperature", "1", *options]
+    print(shlex.join(["python", *command]), flush=True)
+    subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], check=True)
+    return read_rows(folder / "responses.jsonl")
 
 
-def analysis_table(rows: list[dict], n: int) -> str:
+# ------------------------------------------------------------------------- models of one's own
+
+
+def analysis_table(results: list[dict]) -> str:
     """Markdown, a line for each model, template and task."""
-    columns = COLUMNS | {f"pass@{n}": f"pass@{n}"}
-    for key in rows[0]:
-        if key.startswith("judge_") and key != "judge_model":
-            columns[key] = key
-    head = ["model", "template", "task", *columns.values(), "length right/wrong"]
-    table = []
-    for row in rows:
-        cells = [row["model"], row["template"], row["task"]]
-        cells += [number(row[key]) for key in columns]
-        cells.append("/".join(number(row[f"length_{key}"], 0) for key in ("right", "wrong")))
-        table.append(cells)
-    return markdown(head, table)
-
-
-def plot_analysis(rows: list[dict], n: int, file: Path) -> None:
-    """Draw the analysis as bars: answers, accuracy and pass@n, self-reflection, length."""
-    panels = {
-        "share of responses that answer": ["answered"],
-        "right": ["accuracy", f"pass@{n}"],
-        "share with self-reflection words": ["reflection", "reflection_of_questions"],
-        "length (tokens)": ["length_right", "length_wrong"],
-    }
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    places = np.arange(len(rows))
-    labels = [f"{Path(row['model']).name}\n{row['template']}, {row['task']}" for row in rows]
-    for axis, (title, keys) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for i, key in enumerate(keys):
-            heights = [row[key] if row[key] is not None else 0.0 for row in rows]
-            axis.bar(places + 0.4 * i, heights, 0.4, label=key)
-        axis.set(title=title)
-        axis.set_xticks(places + 0.2 * (len(keys) - 1), labels, fontsize=7)
-        axis.legend()
-    figure.savefig(file, dpi=120)
-
-
-JUDGE = """Below are a question and a response to it. Reply with one digit and nothing else.
-0: the response does not try to answer the question.
-1: it tries to answer, and never looks back at its own steps.
-2: it tries to answer, and somewhere checks, doubts or revises its own steps.
-
-Question: {prompt}
-
-Response: {response}"""
-
-
-def judge(rows: list[dict], url: str, model: str) -> dict[str, float | None]:
-    """What an OpenAI-compatible endpoint says: the share of responses that try to answer, that
-    reflect, that reflect and have a word of REFLECTION, and that it gave no verdict on."""
-    from openai import OpenAI, OpenAIError
-
-    client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
-
-    def ask(row: dict) -> str:
-        question = JUDGE.format_map(row)
-        try:
-            reply = client.chat.completions.create(
-                model=model, messages=[{"role": "user", "content": question}], temperature=0
-            )
-        except OpenAIError as error:
-            return f"failed: {error}"
-        return (reply.choices[0].message.content or "").strip()
-
-    with ThreadPoolExecutor(16) as pool:
-        verdicts = list(pool.map(ask, rows))
-    both = []
-    for verdict, row in zip(verdicts, rows, strict=True):
-        both.append(verdict == "2" and reflects(row["response"]))
-    return {
-        "judge_answers": mean(verdict in ("1", "2") for verdict in verdicts),
-        "judge_reflects": mean(verdict == "2" for verdict in verdicts),
-        "judge_and_words": mean(both),
-        "judge_silent": mean(verdict not in ("0", "1", "2") for verdict in verdicts),
-    }
+    cells = []
+    for result in results:
+        cells.append([v if isinstance(v, str) else number(v) for v in result.values()])
+    return markdown([key.replace("_", " ") for key in results[0]], cells)
 
 
 def main() -> None:
-    config = tyro.cli(AnalysisConfig, description=__doc__)
-    if config.judge and not config.judge_model:
-        sys.exit("error: --judge needs --judge-model")
-    if config.reward != "math":
-        sys.exit("error: the analysis needs to know which responses are right: --reward math")
-    try:
-        cells = prepare_cells(config)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    results = measure_cells(config, cells)
-    if os.environ["RANK"] != "0":
-        return
-    for cell, result in zip(cells, results, strict=True):
-        rows = read_rows(cell.file)
-        result |= analyse(rows, config.n)
-        if config.judge and config.judge_model:
-            result |= judge(rows, config.judge, config.judge_model)
-    report(config, results)
-    print("\n" + analysis_table(results, config.n))
-    plot_analysis(results, config.n, config.output / "analysis.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", nargs="+", required=True, help="folders or hub names")
+    parser.add_argument("--template", nargs="+", default=["none", "r1", "qwen_math"])
+    parser.add_argument("--n", type=int, default=8, help="responses to a problem")
+    parser.add_argument("--output", type=Path, default=Path("runs/base_models"))
+    config, options = parser.parse_known_args()
+    results = []
+    for model in config.model:
+        for template in config.template:
+            folder = config.output / f"{model.strip('/.').replace('/', '-')}-{template}"
+            rows = ask(model, template, folder, config.n, options)
+            for task in dict.fromkeys(row["task"] for row in rows):
+                some = [row for row in rows if row["task"] == task]
+                labels = {"model": model, "template": template, "task": task}
+                results.append(labels | analyse(some, config.n))
+    print("\n" + analysis_table(results))
 
+
+# -------------------------------------------------------------------------------- the finding
+
+N = 8
+# The prompts of qwen_math have up to 145 tokens
+OPTIONS = shlex.split(f"--tasks {TOY_BASE}/test.jsonl --max-prompt-tokens 160")
+OPTIONS += ["--max-response-tokens", "72"]
+BARS = {"answered": GREY, "accuracy": BLUE, f"pass@{N}": GREEN}
+NAMES = {"answered": "holds an answer", "accuracy": "right", f"pass@{N}": f"right in {N} tries"}
+
+
+def habits(rows: list[dict], n: int) -> dict:
+    """How often the toy works a problem out, in its own words, and what the other responses get."""
+    worked = np.array([row["response"].startswith("Step by step") for row in rows])  # (P*n,)
+    right = np.array([row["correct"] is True for row in rows])
+    return {
+        "worked": mean(worked),
+        "accuracy_worked": mean(right[worked]),
+        "accuracy_other": mean(right[~worked]),
+        "pass_other": mean(np.any((right & ~worked).reshape(-1, n), axis=1).tolist()),
+    }
+
+
+def measure() -> dict:
+    os.chdir(ROOT)
+    make_toy(TOY_BASE)
+    numbers = {}
+    for template in ("none", "qwen_math"):
+        folder = Path(f"runs/findings-base-{template}")
+        rows = ask(f"{TOY_BASE}/model", template, folder, N, OPTIONS)
+        numbers[template] = analyse(rows, N) | habits(rows, N) | {"problems": len(rows) // N}
+    return numbers
+
+
+def draw(numbers: dict) -> Figure:
+    """Three bars for each template."""
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axis = figure.subplots()
+    templates = ("none", "qwen_math")
+    for shift, (key, color) in zip((-0.27, 0, 0.27), BARS.items(), strict=True):
+        heights = [numbers[template][key] for template in templates]
+        bars = axis.bar(np.arange(2) + shift, heights, 0.25, color=color, label=NAMES[key])
+        axis.bar_label(bars, fmt="%.2f", fontsize=8.5)
+    axis.set_xticks(range(2), [f"template {template}" for template in templates])
+    axis.set(title="The toy base model, before any training", ylim=(0, 1.1))
+    axis.grid(False, axis="x")
+    axis.legend(loc="upper right")
+    return figure
+
+
+def measured(numbers: dict) -> str:
+    none, chat = numbers["none"], numbers["qwen_math"]
+    return (
+        f"works out {none['worked']:.1%} of its responses, of which {none['accuracy_worked']:.1%} "
+        f"are right; in another format {chat['worked']:.1%}"
+    )
+
+
+def text(numbers: dict) -> str:
+    head = ["template", *NAMES.values(), "worked out", "right of these", "right of the others"]
+    rows = []
+    for template in ("none", "qwen_math"):
+        found = numbers[template]
+        keys = (*BARS, "worked", "accuracy_worked", "accuracy_other", "truncated")
+        rows.append([template, *(number(found[key]) for key in keys)])
+    none = numbers["none"]
+    return f"""{markdown([*head, "cut off"], rows)}
+
+{none["problems"]} held-out problems, {N} responses to each at temperature 1. The toy has only read
+plain questions and answers, so another format hides what it can. Without one it works out
+{none["worked"]:.1%} of its responses, and {none["accuracy_worked"]:.1%} of these are right: the
+ability is there before training, which raises how often it is used. That {none[f"pass@{N}"]:.1%} of
+the problems have a right response among {N} shows less: the responses that are not worked out, most
+of them guesses of a digit, reach {none["pass_other"]:.1%} alone. Words of self-reflection are in
+{none["reflection"]:.1%} of the responses: the toy says "wait", which is not on the paper's list.
+
+**Not shown:** what a real base model does. The paper finds that Qwen2.5 base models answer best
+without a template, and that Llama and DeepSeek models need one."""
+
+
+FINDING = Finding(
+    "base_models",
+    "The base model can do it before training, if it is asked in the way it knows",
+    measure,
+    draw,
+    measured,
+    text,
+)
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 1:
+        FINDING.run()
+    else:
+        main()

@@ -23,8 +23,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from drgrpo import Rollout, collate, drgrpo_loss, group_advantages, token_logprobs
-from findings.finding import BLUE, GREY, METHODS, RED, Finding
-from support.metrics import markdown
+from findings.common import BLUE, METHODS, RED, Finding
+from support.records import markdown
 
 GROUP, LONGEST, POLICIES = 8, 4, 20
 RESPONSES = ([0], [1, 0], [1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1])  # 0 is EOS
@@ -42,20 +42,11 @@ CASES = {
 
 def tiny_policy(seed: int) -> Qwen2ForCausalLM:
     """A random model. `packed` is the attention that training uses."""
-    config = Qwen2Config(
-        vocab_size=2,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        eos_token_id=0,
-        attn_implementation="packed",
-        dtype="float32",
-    )
+    settings: dict = dict(vocab_size=2, eos_token_id=0, hidden_size=32, intermediate_size=64)
+    settings |= dict(num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1)
+    settings |= dict(tie_word_embeddings=False, initializer_range=0.1)
+    settings |= dict(attn_implementation="packed", dtype="float32")
+    config = Qwen2Config(**settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Qwen2ForCausalLM(config)
@@ -69,46 +60,40 @@ def all_groups() -> tuple[torch.Tensor, torch.Tensor]:
     groups = list(combinations_with_replacement(range(len(RESPONSES)), GROUP))
     orders = []
     for group in groups:
-        ways = math.factorial(GROUP)
-        for count in Counter(group).values():
-            ways //= math.factorial(count)
-        orders.append(ways)
+        same = [math.factorial(count) for count in Counter(group).values()]
+        orders.append(math.factorial(GROUP) // math.prod(same))
     return torch.tensor(groups), torch.tensor(orders)
 
 
-def gradients(model: Qwen2ForCausalLM, problem: tuple) -> tuple[dict[str, torch.Tensor], float]:
+def gradients(model: Qwen2ForCausalLM, problem: tuple) -> dict[str, torch.Tensor]:
     """The true gradient of the problem's expected reward, and the expected one of each method.
 
-    All of them are multiplied by L_max * G/(G-1), the constant that is known of Dr. GRPO. Also
-    returns the expected reward, which for rewards of 0 and 1 is the pass rate.
+    The latter are multiplied by L_max * G/(G-1), the constant that is known of Dr. GRPO.
     """
     prompt, values = problem
     rewards = torch.tensor(values)
-    rollouts = [Rollout(0, prompt, response, [0.0] * len(response)) for response in RESPONSES]
-    batch = collate(rollouts)
+    batch = collate([Rollout(0, prompt, ids, [0.0] * len(ids)) for ids in RESPONSES])
     logprobs = token_logprobs(model, batch.ids, batch.response_mask)  # (5, T-1)
     probabilities = logprobs.sum(dim=1).exp()  # (5,)
-    expected_reward = (probabilities * rewards).sum()
     groups, orders = all_groups()
     chances = orders * probabilities[groups].prod(dim=1).detach()  # (P,), of each group
     rows = groups.flatten()  # (P*G,), all groups laid end to end
-    # A loss is a sum over rows, and these weights are constants for its gradient. So they can
+    # A loss is a sum over rows, and importance weights are constants for its gradient. So they can
     # carry each group's probability, and one call gives the expected loss.
     weights = chances.repeat_interleave(GROUP)[:, None].expand(-1, logprobs.shape[1])
-    found = {"true": gradient(expected_reward, model)}
+    found = {"true": gradient((probabilities * rewards).sum(), model)}
     for name, method in METHODS.items():
-        longest = 1 if method.divide_by_length else LONGEST
         loss, _ = drgrpo_loss(
             logprobs[rows],
             logprobs[rows].detach(),
             group_advantages(rewards[groups], method.divide_by_std).flatten(),
             batch.response_mask[rows],
-            GROUP * longest,
+            GROUP * (1 if method.divide_by_length else LONGEST),
             divide_by_length=method.divide_by_length,
             importance_weights=weights,
         )
         found[name] = gradient(-loss * LONGEST * GROUP / (GROUP - 1), model)
-    return found, expected_reward.item()
+    return found
 
 
 def gradient(value: torch.Tensor, model: Qwen2ForCausalLM) -> torch.Tensor:
@@ -117,52 +102,31 @@ def gradient(value: torch.Tensor, model: Qwen2ForCausalLM) -> torch.Tensor:
 
 
 def compare(gradient: torch.Tensor, true: torch.Tensor) -> dict[str, float]:
-    """How far an expected gradient is from the true one, up to a factor: its angle in degrees.
-
-    `error` is |gradient - true| / |true|. `error_left` is the same after the best rescaling, so it
-    is what no learning rate can mend.
-    """
+    """How far an expected gradient is from the true one: the angle in degrees, which is left at any
+    learning rate, and `error`, |gradient - true| / |true|."""
     along = (gradient @ true / true.norm()).item()
     across = (gradient - along * true / true.norm()).norm().item()
     return {
         "angle": math.degrees(math.atan2(across, along)),  # acos would round small angles away
         "error": ((gradient - true).norm() / true.norm()).item(),
-        "error_left": across / math.hypot(along, across) if along > 0 else 1.0,
     }
 
 
 def measure() -> dict:
-    """All cases on POLICIES random policies: a list with a number for each policy."""
-    results: dict = {case: {name: [] for name in METHODS} for case in CASES}
-    pass_rates: dict = {"easy": [], "hard": []}
-    for seed in tqdm(range(POLICIES), desc="policies", unit="policy"):
+    """All cases on POLICIES random policies: lists with a number for each policy."""
+    lists: dict = {case: {name: {"angle": [], "error": []} for name in METHODS} for case in CASES}
+    for seed in tqdm(range(POLICIES), desc="policies"):
         model = tiny_policy(seed)
-        easy, easy_rate = gradients(model, EASY)
-        hard, hard_rate = gradients(model, HARD)
-        bonus, _ = gradients(model, BONUS)
+        easy, hard, bonus = (gradients(model, problem) for problem in (EASY, HARD, BONUS))
         both = {name: easy[name] + hard[name] for name in easy}
-        pass_rates["easy"].append(easy_rate)
-        pass_rates["hard"].append(hard_rate)
         for case, found in zip(CASES, (easy, hard, bonus, both), strict=True):
             for name in METHODS:
-                results[case][name].append(compare(found[name], found["true"]))
-    cases = {}
-    for case, methods in results.items():
-        cases[case] = {name: columns(rows) for name, rows in methods.items()}
-    return {
-        "seeds": list(range(POLICIES)),
-        "group": GROUP,
-        "l_max": LONGEST,
-        "pass_rates": pass_rates,
-        "cases": cases,
-    }
+                for key, value in compare(found[name], found["true"]).items():
+                    lists[case][name][key].append(value)
+    return lists
 
 
-def columns(rows: list[dict[str, float]]) -> dict[str, list[float]]:
-    return {key: [row[key] for row in rows] for key in rows[0]}
-
-
-# ------------------------------------------------------------------------- figure, table, text
+# --------------------------------------------------------------------------- figure and text
 
 ROUNDING = 0.01  # degrees; fp32 leaves about 1e-5
 
@@ -170,94 +134,69 @@ ROUNDING = 0.01  # degrees; fp32 leaves about 1e-5
 def draw(numbers: dict) -> Figure:
     """A panel for each case: the angles of all policies, a line of dots for each method."""
     figure = Figure(figsize=(8, 5.2), layout="constrained")
-    figure.suptitle("How far each loss points away from the true gradient", fontweight="bold")
-    axes = figure.subplots(2, 2, sharey=True)
-    spread = np.random.default_rng(0).uniform(-0.22, 0.22, len(numbers["seeds"]))
-    for axis, (case, title) in zip(axes.flat, CASES.items(), strict=True):
-        axis.axvspan(1e-7, ROUNDING, color="#eef4f9")
-        axis.axvline(90, color=GREY, linewidth=1, linestyle=":")
+    figure.suptitle("How far each loss points away from the true gradient")
+    spread = np.random.default_rng(0).uniform(-0.22, 0.22, POLICIES)
+    panels = figure.subplots(2, 2, sharey=True).flat
+    for axis, (case, title) in zip(panels, CASES.items(), strict=True):
         for place, name in enumerate(METHODS):
-            angles = numbers["cases"][case][name]["angle"]
+            angles = np.array(numbers[case][name]["angle"])
             color = RED if max(angles) > ROUNDING else BLUE
-            heights = place + spread
-            dots = np.maximum(angles, 2e-6)
-            axis.plot(dots, heights, "o", markersize=3.5, mew=0, color=color, alpha=0.55)
+            axis.plot(angles, place + spread, "o", markersize=3.5, mew=0, color=color, alpha=0.55)
+        axis.axvspan(1e-7, ROUNDING, color="#eef4f9")
         axis.set(xscale="log", xlim=(1e-6, 400), ylim=(3.6, -0.75), title=title)
         axis.set_yticks(range(len(METHODS)), [method.label for method in METHODS.values()])
         axis.set_xticks([1e-4, 1e-2, 1, 90], ["0.0001°", "0.01°", "1°", "90°"])
-        axis.minorticks_off()
         axis.grid(False, axis="y")
-        axis.text(1.6e-6, -0.5, "right, up to rounding", fontsize=8, color=BLUE, va="center")
-        axis.text(0.016, -0.5, "wrong", fontsize=8, color=RED, va="center")
     figure.supxlabel(
-        "angle, a dot for each random policy; above 90° it points downhill", fontsize=9
+        "angle, a dot for each random policy; left: right up to rounding; above 90°: downhill",
+        fontsize=9,
     )
     return figure
 
 
-def table(numbers: dict) -> str:
-    """Angles and errors, a line for each method."""
-    angles, errors = [], []
+def angle(numbers: dict, case: str, name: str) -> str:
+    """Median (smallest to largest) over the policies."""
+    angles = numbers[case][name]["angle"]
+    return f"{np.median(angles):.2f}° ({min(angles):.2f} to {max(angles):.2f})"
+
+
+def measured(numbers: dict) -> str:
+    return (
+        f"angle to the true gradient: Dr. GRPO {angle(numbers, 'both', 'drgrpo')}, "
+        f"GRPO {angle(numbers, 'both', 'grpo')}"
+    )
+
+
+def text(numbers: dict) -> str:
+    rows = []
     for name, method in METHODS.items():
-        cells = [numbers["cases"][case][name] for case in CASES]
-        angles.append([method.label, *(angle_text(cell["angle"]) for cell in cells)])
-        errors.append([method.label, *(error_text(cell["error_left"]) for cell in cells)])
-    return (
-        "Angle to the true gradient, median over the policies (largest):\n\n"
-        + markdown(["loss", *CASES.values()], angles)
-        + "\n\nRelative error that is left at the best learning rate, median (largest):\n\n"
-        + markdown(["loss", *CASES.values()], errors)
-    )
+        rows.append([method.label, *(angle(numbers, case, name) for case in CASES)])
+    error = max(max(numbers[case]["drgrpo"]["error"]) for case in CASES)
+    uphill = sum(angle > 90 for angle in numbers["bonus"]["std"]["angle"])
+    return f"""Every group of {GROUP} responses of {POLICIES} random tiny policies is enumerated.
+The angle to the true gradient, median (smallest to largest) over the policies:
 
+{markdown(["loss", *CASES.values()], rows)}
 
-def angle_text(angles: list[float]) -> str:
-    return f"{np.median(angles):.2f}° ({max(angles):.2f}°)"
+Dr. GRPO's expected gradient is the gradient of the expected reward times (G-1) / (G * L_max): the
+relative error is at most {error:.0e}, which is rounding. The division by the std keeps the
+direction within one problem whose rewards are 0 and 1. It turns it where there are two problems,
+because it weighs them anew, or more than two rewards: with 0.1 for ending, a step along it lowers
+the expected reward of {uphill} of {POLICIES} policies. The division by the length turns it in every
+case and policy.
 
-
-def error_text(errors: list[float]) -> str:
-    return f"{np.median(errors):.3f} ({max(errors):.3f})"
-
-
-def caption(numbers: dict) -> str:
-    cases, policies = numbers["cases"], len(numbers["seeds"])
-    as_it_is = max(max(cases[case]["drgrpo"]["error"]) for case in CASES)
-    single = max(max(cases[case]["std"]["angle"]) for case in ("easy", "hard"))
-    uphill = sum(angle > 90 for angle in cases["bonus"]["std"]["angle"])
-    least = min(min(cases[case]["length"]["angle"]) for case in CASES)
-    return (
-        f"Every group of {numbers['group']} responses of {policies} random tiny policies is "
-        "enumerated. The expected gradient of Dr. GRPO is the gradient of the expected reward "
-        f"times (G-1)/(G * L_max): the relative error is at most {as_it_is:.0e}, which is "
-        "rounding. Within one problem, and with rewards of 0 and 1, the division by the std keeps "
-        f"the direction (cosine {math.cos(math.radians(single)):.4f}) and changes only the size. "
-        "Its direction is wrong as soon as there are two problems (median "
-        f"{np.median(cases['both']['std']['angle']):.1f}°), because it weighs them anew, or more "
-        "than two rewards. With a bonus of 0.1 for ending beside the reward the median is "
-        f"{np.median(cases['bonus']['std']['angle']):.0f}°, and for {uphill} of {policies} "
-        "policies a step along it lowers the expected reward. The division by the length turns "
-        f"the gradient in every case and policy, by {least:.1f}° or more, also within one problem."
-    )
-
-
-def not_shown(numbers: dict) -> str:
-    return (
-        f"Five responses of at most {numbers['l_max']} tokens are no language model, and the angle "
-        "depends on the policy: the figure says that there is a bias, not how much it matters in "
-        "training. It is about a round's first update; later ones are off-policy and clipped. "
-        "ScaleRL (arXiv 2510.13786) finds that such choices change efficiency and hardly the final "
-        "score at scale."
-    )
+**Not shown:** how much it matters in training. Five responses of at most {LONGEST} tokens are no
+language model, and the angle depends on the policy. It is a step's first update; later ones are
+off-policy and clipped."""
 
 
 FINDING = Finding(
     "unbiased",
-    "Only Dr. GRPO's expected gradient is the right one",
-    "python findings/unbiased.py",
+    "Only Dr. GRPO's expected gradient points where the expected reward rises most",
     measure,
     draw,
-    table,
-    caption,
-    not_shown,
+    measured,
+    text,
 )
 
 if __name__ == "__main__":

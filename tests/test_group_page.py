@@ -17,7 +17,7 @@ from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 
 from drgrpo import drgrpo_loss, group_advantages
-from findings.finding import METHODS
+from findings.common import METHODS
 from tests.helpers import ROOT, TOY
 
 pytestmark = pytest.mark.slow
