@@ -1,447 +1,463 @@
-"""What a run needs, before anything is paid for: no GPU, and no weights are read.
+"""What a run needs, before anything is paid for; and ten minutes on the machine itself.
 
-    python plan.py math-7b --gpus 8
-    python plan.py math-7b --gpus 8 --nodes 2
+    python plan.py math-7b --gpus 8                      # reckoned: no GPU, no weights are read
+    torchrun --nproc-per-node 8 plan.py math-7b --try    # measured: two steps of full length
 
-All settings of drgrpo.py work here, too. Sizes follow from the model's config and the settings;
-memory and network from formulas that are written next to each part, the activations of a layer
-from running one without data. Hours come from tokens per second that benchmarks/step.py measured
-and wrote to benchmarks/measured.jsonl; beside them stands a range that is only reckoned, from
-assumptions that the report names. (The toy's model is made if it is not there: a minute.)
+All settings of drgrpo.py work here, too. Without --try, all follows from the model's config and the
+settings. With --try, two steps are made in runs/NAME-try in which no response ends before its
+limit: the worst case. Then a state is saved, loaded and compared, and the model is exported. Where
+something does not fit it says "stop" and what to change, and the exit code is 1.
 """
 
-import json
 import math
+import os
+import shutil
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
+import psutil
 import torch
 import tyro
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from drgrpo import PRESETS, TOY, Config, Dtype
+import drgrpo
 from support.data import Problem, load_data
-from support.engine import BLOCK, FEWEST_SEQUENCES, cache_bytes
-from support.logprobs import LOGITS_AT_ONCE
-from support.metrics import markdown
+from support.logprobs import LOGITS_AT_ONCE, all_rows_at_once
+from support.records import markdown, versions
+from support.run import FEWEST_SEQUENCES, Run, cache_bytes, from_all_ranks, prepare, timed
 from toy import make_toy
 
-MEASURED = Path(__file__).with_name("benchmarks") / "measured.jsonl"
-# The mean length of a response, as a share of the limit: in the mix of benchmarks/shapes.py, and of
-# models that answer briefly or at length (assumed)
-MEAN_SHARE = 700 / 3000
-BRIEF_LONG = (0.15, 0.35)
-GPU_SIZES = (24, 40, 80, 141)  # GB
 GB = 1e9
+GPU_SIZES = (24, 40, 80, 141)  # GB
+GPU_FLOPS, GPU_BYTES = 989e12, 3350e9  # per second, of an H100: bf16 and memory, data sheet
+# Assumed:
+LIBRARIES = 4e9  # bytes of a rank in the host's memory, beside the model
+MEAN_SHARE = 700 / 3000  # mean length of a response, as a share of the limit
+BRIEF_LONG = (0.15, 0.35)  # the same, of models that answer briefly and at length
+MFU = (0.4, 0.2)  # share of GPU_FLOPS that the learner reaches
+OVERHEAD = (0.002, 0.006)  # seconds of an engine's step beside reading the weights
 
-# What the reckoned hours assume
-MFU = (0.2, 0.4)  # share of the peak that the learner reaches
-OVERHEAD = (0.002, 0.006)  # seconds of an engine's step beside reading the memory
+Parts = list[tuple[str, float, str]]  # (what, bytes, how)
 
 
 @dataclass(frozen=True)
-class PlanConfig(Config):
+class PlanConfig(drgrpo.Config):
     """A run's settings, and the GPUs that it would have."""
 
-    dtype: Dtype = "bfloat16"  # of computing, as on a GPU
     gpus: int = 8  # of a node
     nodes: int = 1
-    gpu_tflops: float = 989  # a GPU's peak in dense bf16; H100, data sheet
-    gpu_gb_s: float = 3350  # GB/s of a GPU's memory; H100, data sheet
-    node_gb_s: float = 300  # GB/s that a GPU sends within its node: assumed
-    network_gb_s: float = 40  # GB/s that a GPU sends to another node: assumed
-
-    @property
-    def ranks(self) -> int:
-        """GPUs of the whole run."""
-        return self.gpus * self.nodes
+    trial: Annotated[bool, tyro.conf.arg(name="try")] = False  # measure on this machine
 
     @property
     def responses(self) -> int:
-        """Responses of a round."""
+        """Of a step."""
         return self.prompts_per_step * self.samples_per_prompt
-
-    @property
-    def updates(self) -> int:
-        """Updates of a round."""
-        return self.responses // self.responses_per_update
 
     @property
     def context(self) -> int:
         return self.max_prompt_tokens + self.max_response_tokens
 
-    @property
-    def bytes_per_number(self) -> int:
-        """In the dtype of computing."""
-        return 2 if self.dtype == "bfloat16" else 4
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Numbers of tokens, on average."""
-
-    prompt: float  # of a prompt
-    share: float = MEAN_SHARE  # mean length of a response, as a share of the limit
-
-    def response(self, config: PlanConfig) -> float:
-        return config.max_response_tokens * self.share
-
-    def micro_batches(self, config: PlanConfig) -> int:
-        """Micro-batches of an update on each GPU."""
-        tokens = config.responses_per_update * (self.prompt + self.response(config))
-        return math.ceil(tokens / config.ranks / config.tokens_per_microbatch)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Numbers of weights of a model."""
-
-    model: torch.nn.Module = field(repr=False)  # without values
-
-    @property
-    def all(self) -> int:
-        return count(self.model.parameters())
-
-    @property
-    def layers(self) -> int:
-        return count(self.model.get_decoder().layers.parameters())
-
-    @property
-    def layer(self) -> int:
-        return count(self.model.get_decoder().layers[0].parameters())
-
-    @property
-    def rest(self) -> int:
-        """Embedding, head and last norm: FSDP's root group."""
-        return self.all - self.layers
-
-    @property
-    def head(self) -> int:
-        return self.model.config.vocab_size * self.model.config.hidden_size
-
-
-def count(parameters) -> int:
-    return sum(p.numel() for p in parameters)
-
-
-def plan(
-    config: PlanConfig,
-    problems: list[Problem],
-    held_out: list[Problem],
-    dropped: dict[str, int],
-) -> str:
+def plan(config: PlanConfig, problems: list[Problem], held_out: list, dropped: dict) -> str:
     """The whole report, from what `load_data` returned."""
-    model = meta_model(config.model, config.dtype)
-    weights = Weights(model)
-    prompts = [len(problem.prompt_ids) for problem in problems]
-    usual = Workload(sum(prompts) / len(prompts))
-    longest = Workload(usual.prompt, 1.0).micro_batches(config)
-    parts = learner_memory(config, model, longest)
-    epochs = config.steps * config.prompts_per_step / len(problems)
-    nodes = f"{config.nodes} nodes of " if config.nodes > 1 else ""
-    response = usual.response(config)
+    model = meta_model(config.model)
+    weights, prompt = numel(model), mean_prompt(problems)
+    tokens = config.responses_per_update * (prompt + config.max_response_tokens)
+    batches = math.ceil(tokens / config.gpus / config.nodes / config.tokens_per_microbatch)
+    updates = config.responses // config.responses_per_update
+    parts = learner_memory(config, model, batches)
+    table = [[name, f"{size / GB:.1f}", how] for name, size, how in parts]
     lines = [
-        f"{config.name}: {config.model} on {nodes}{config.gpus} GPU(s), {config.steps} steps",
-        "",
-        f"data       {len(problems)} problems, {len(held_out)} held out; dropped: {dropped}",
-        f"           prompts of {usual.prompt:.0f} tokens on average and {max(prompts)} at most; "
-        f"{epochs:.2f} epochs",
-        f"template   {config.template}: {problems[0].prompt!r}",
-        f"model      {weights.all:,} parameters, {weights.layers:,} of them in "
-        f"{model.config.num_hidden_layers} layers; vocabulary {model.config.vocab_size}",
-        f"a step     {config.prompts_per_step} prompts x {config.samples_per_prompt} responses = "
-        f"{config.responses}; {config.updates} update(s) of {config.responses_per_update}, "
-        f"{usual.micro_batches(config)} to {longest} micro-batch(es) a GPU each",
-        f"tokens     {config.responses * response:,.0f} of responses a step, if they are "
-        f"{response:.0f} on average ({MEAN_SHARE:.0%} of the limit: an assumption); "
-        f"{config.responses * config.max_response_tokens:,} at most",
-        "",
-        "Memory per GPU while it learns, estimated:",
-        markdown(
-            ["part", "GB", "how"],
-            [[name, f"{size / GB:.1f}", how] for name, size, how in parts],
-        ),
-        "",
-        *sampler_memory(config, model, parts),
-        "",
-        *network(config, weights, usual.micro_batches(config)),
-        "",
-        disk(weights.all),
-        *hours(config, weights.all, usual.prompt),
-        reckoned_hours(config, model, usual.prompt),
+        f"{config.name}: {config.model} on {config.nodes} x {config.gpus} GPU(s), "
+        f"{config.steps} steps\n",
+        f"data      {len(problems)} problems, {len(held_out)} held out; dropped: {dropped}",
+        f"prompts   {prompt:.0f} tokens on average; the first: {problems[0].prompt!r}",
+        f"model     {weights:,} parameters in {model.config.num_hidden_layers} layers",
+        f"a step    {config.responses} responses, {updates} update(s) of at most {batches} "
+        "micro-batch(es) per GPU",
+        f"disk      {disk_bytes(weights) / GB:.1f} GB: 3 states of {12 * weights / GB:.1f} GB (one "
+        f"is being written) and 2 models of {2 * weights / GB:.1f} GB",
+        f"host      {host_bytes(config, weights) / GB:.1f} GB per node: copies of a state that is "
+        f"being written, a model to export,\n          and {LIBRARIES / GB:g} GB per rank for "
+        f"libraries (assumed). Loading takes none: the model's {2 * weights / GB:.1f} GB are\n"
+        "          mapped from its file, once for all ranks",
+        hours(config, weights, prompt),
+        "\nMemory of a GPU at the fullest moment of learning, reckoned:\n",
+        markdown(["part", "GB", "how"], [*table, ["in all", f"{total(parts) / GB:.1f}", ""]]),
+        sampler_memory(config, model, parts),
     ]
     return "\n".join(lines)
 
 
-def meta_model(name: str, dtype: str = "bfloat16") -> torch.nn.Module:
+def mean_prompt(problems: list[Problem]) -> float:
+    """In tokens."""
+    return sum(len(problem.prompt_ids) for problem in problems) / len(problems)
+
+
+def meta_model(name: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     """The model without weights: nothing but its config is read."""
+    config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(name),
-            dtype=getattr(torch, dtype),
-            attn_implementation="only shapes",
+            config, dtype=dtype, attn_implementation="one row on a GPU"
         )
+
+
+def numel(module: torch.nn.Module) -> int:
+    """Number of weights; a head that is tied to the embedding counts once."""
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def hours(config: PlanConfig, weights: int, prompt: float) -> str:
+    """A range, from a GPU's data sheet and the shares of it that are assumed above.
+
+    A forward pass takes 2 operations per weight and token. An engine's step reads all weights;
+    some response reaches the limit, so there are as many of them as that has tokens.
+    """
+    # One pass forward, two backward, one more for checkpointing, one for the old log-probs
+    passes = 4 + config.activation_checkpointing
+    ends = []
+    for share, mfu, overhead in zip(BRIEF_LONG, MFU, OVERHEAD, strict=True):
+        tokens = config.responses * (prompt + share * config.max_response_tokens)
+        learning = passes * 2 * weights * tokens / (config.gpus * config.nodes * GPU_FLOPS * mfu)
+        sampling = config.max_response_tokens * (2 * weights / GPU_BYTES + overhead)
+        ends.append(config.steps * (sampling + learning) / 3600)
+    return (
+        f"hours     {ends[0]:,.1f} to {ends[1]:,.1f} on H100s, reckoned, without evaluations: "
+        f"responses of {BRIEF_LONG[0]:.0%} to {BRIEF_LONG[1]:.0%} of the\n          limit, a "
+        f"learner at {MFU[0]:.0%} to {MFU[1]:.0%} of the GPU's peak (assumed). --try measures"
+    )
 
 
 # ------------------------------------------------------------------------------------- memory
 
 
-class OnlyShapes(torch.autograd.Function):
-    """Attention on no data: keeps for its backward pass what the kernel for GPUs keeps."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        rows, heads, tokens, size = query.shape
-        out = query.new_empty(rows, tokens, heads, size)
-        ctx.save_for_backward(query, key, value, out, out.new_empty(heads, tokens).float())
-        return out
+def one_row_on_a_gpu(module, query, key, value, attention_mask, scaling=None, **others):
+    """The attention of training on a GPU, for tensors without data."""
+    ends = torch.empty(2, dtype=torch.int32, device=query.device)
+    return all_rows_at_once(query, key, value, ends, query.shape[2], scaling), None
 
 
-def only_shapes(module, query, key, value, attention_mask, **others):
-    return OnlyShapes.apply(query, key, value), None
+AttentionInterface.register("one row on a GPU", one_row_on_a_gpu)
 
 
-AttentionInterface.register("only shapes", only_shapes)
+def layer_memory(model: torch.nn.Module, tokens: int) -> tuple[int, int]:
+    """Bytes that a layer keeps after its forward pass, and has at most in its backward pass.
 
-
-def layer_activations(model: torch.nn.Module) -> int:
-    """Bytes a token that autograd keeps of one layer, found by running the first one on no data."""
-    kept, tokens = {}, 64
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def keep(tensor):
-        if tensor.untyped_storage()._cdata not in weights:
-            kept[tensor.untyped_storage()._cdata] = tensor  # alive: no address is used twice
-        return tensor
-
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        hidden = torch.empty(
-            1, tokens, model.config.hidden_size, dtype=model.dtype, requires_grad=True
-        )
+    Torch's MemTracker follows the first layer, which runs without data. Its input and its weights'
+    gradients count, its weights do not.
+    """
+    layer, width = model.get_decoder().layers[0], model.config.hidden_size
+    with torch.device("meta"), MemTracker() as tracker:
+        hidden = torch.empty(1, tokens, width, dtype=model.dtype, requires_grad=True)
         rotary = model.get_decoder().rotary_emb(hidden, torch.empty(1, tokens, dtype=torch.long))
-        model.get_decoder().layers[0](hidden, position_embeddings=rotary)
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) // tokens
+        out = layer(hidden, position_embeddings=rotary)
+        after = tracker.get_tracker_snapshot("current")[out.device]["Total"]
+        out.backward(torch.empty_like(out))
+    most = tracker.get_tracker_snapshot("peak")[out.device]["Total"]
+    layer.zero_grad()
+    weights = numel(layer) * model.dtype.itemsize
+    return after - weights, most - weights
 
 
-def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: int) -> list[tuple]:
-    """(part, bytes, how) of the policy on one GPU: FSDP2 within a node, fp32 master weights."""
-    weights, number = Weights(model), config.bytes_per_number  # 2 in bf16
-    layers, width = model.config.num_hidden_layers, model.config.hidden_size
+def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: int) -> Parts:
+    """Of one GPU at the fullest moment of an update; FSDP2 shards within a node.
+
+    Three moments can be the fullest: the backward pass of the head, that of the last layer, and the
+    end, when the gradients of FSDP's root group (embedding, head, last norm) are reduced.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings().weight.numel()
+    layers, layer = len(decoder.layers), numel(decoder.layers[0])
+    root = numel(model) - numel(decoder.layers)
+    number, share = model.dtype.itemsize, 1 / config.gpus  # 2 bytes in bf16
     tokens = max(config.tokens_per_microbatch, config.context)
-    inside = layer_activations(model)
+    hidden = number * tokens * model.config.hidden_size
     logits = min(LOGITS_AT_ONCE, tokens * model.config.vocab_size)  # of a chunk
-    on_gpu = 0 if config.offload else 1
-    holders = config.gpus if micro_batches == 1 else 1  # GPUs that share the gradients
-    whole = number * (weights.rest + 2 * weights.layer)
+    kept, backward = layer_memory(model, tokens)
+    of_layers = f"{tokens} tokens: all layers' activations"
     if config.activation_checkpointing:
-        kept, how = layers * number * width + inside, "inputs of all layers and the inside of one"
-    else:
-        kept, how = layers * inside, "of all layers"
-    return [
-        ("master weights", on_gpu * 4 * weights.all / config.gpus, "4 B a weight, over a node"),
-        ("Adam's moments", on_gpu * 8 * weights.all / config.gpus, "8 B a weight, over a node"),
-        (
-            "gradients",
-            on_gpu * 4 * weights.all / holders,
-            "4 B a weight: all of them until the last micro-batch, if there are several",
-        ),
-        ("gathered weights", whole, f"{number} B: embedding, head and two layers"),
-        ("their gradients", whole, f"{number} B a weight"),
-        (
-            "gradients on their way",
-            4 * max(weights.rest, weights.layer),
-            "4 B a weight of the largest group: what FSDP adds up over the GPUs",
-        ),
-        ("activations", tokens * kept, f"{how}, {tokens} tokens x {kept:,} B"),
-        (
-            "head",
-            2 * 4 * logits + 2 * 4 * weights.head,
-            "two chunks of logits; the head's gradient in fp32, and a chunk's part of it",
-        ),
+        kept, of_layers = hidden, f"{tokens} tokens: the inputs of all layers"
+    shard = 0 if config.offload else numel(model) * share
+    earlier = shard if micro_batches > 1 else 0  # else each comes where an activation goes
+    always = [
+        ("master weights", 4 * shard, "4 B per weight, over a node"),
+        ("Adam's moments", 8 * shard, "8 B per weight, over a node"),
+        ("gradients", 4 * earlier, "4 B per weight, over a node; of earlier micro-batches"),
     ]
+    at_head = [
+        ("gathered weights", number * (root + layer), "embedding, head and a layer"),
+        ("head", 8 * head + 6 * logits, "its gradient and a chunk's in fp32; logits"),
+        ("activations", layers * kept + 3 * hidden, of_layers),
+    ]
+    at_layer = [
+        ("gathered weights", number * (root + 2 * layer), "embedding, head and two layers"),
+        ("head", number * head, "its gradient"),
+        ("to reduce", 4 * layer * (1 + share), "fp32 gradients of a layer, and their shard"),
+        ("activations", (layers - 1) * kept + backward, f"{of_layers}; backward pass of one"),
+    ]
+    at_end = [
+        ("root", number * root, "gradients of embedding and head"),
+        ("to reduce", 4 * (root + layer) * (1 + share), "the same in fp32; those of a layer"),
+        ("activations", backward, f"{tokens} tokens: backward pass of the first layer"),
+    ]
+    return always + max(at_head, at_layer, at_end, key=total)
 
 
-def sampler_memory(config: PlanConfig, model: torch.nn.Module, parts: list[tuple]) -> list[str]:
-    """Which GPUs it fits on, and how much of vLLM's cache does."""
-    weights, per_token = Weights(model), cache_bytes(model.config, 1, config.bytes_per_number)
-    learning = sum(size for _, size, _ in parts)
-    masters, moments = parts[0][1], parts[1][1]
-    prompts = math.ceil(config.prompts_per_step / config.ranks)
+def total(parts: Parts) -> float:
+    return sum(size for _, size, _ in parts)
+
+
+def sampler_memory(config: PlanConfig, model: torch.nn.Module, parts: Parts) -> str:
+    """Which GPUs the run fits on, and how many responses of full length vLLM holds there."""
+    masters, states = parts[0][1], total(parts[:2])
+    prompts = math.ceil(config.prompts_per_step / config.gpus / config.nodes)
     sequences = max(FEWEST_SEQUENCES, prompts * config.samples_per_prompt)
-    engine = config.bytes_per_number * weights.all
-    buffer = 4 * sequences * model.config.vocab_size
-    wanted = sequences * (config.context + BLOCK) * per_token
-    rows = []
+    weights, logits = 2 * numel(model), 4 * sequences * model.config.vocab_size
+    row = cache_bytes(model.config, config.context)
+    held = []
     for size in GPU_SIZES:
-        # as Sampler reckons: the moments are not there yet when it starts
-        room = 0.95 * (size * GB - masters) - moments - engine - buffer
-        fits = learning < size * GB and room > config.context * per_token
-        cache = min(room, wanted)
-        in_flight = min(cache / per_token / config.context, sequences)
-        held = f"{in_flight:,.0f} of {config.context} tokens"
-        rows.append([f"{size} GB", f"{learning / GB:.1f}", held if fits else "does not fit"])
-    return [
-        f"{learning / GB:.1f} GB in all, without CUDA's context, communication buffers and what "
-        f"vLLM keeps asleep.\nWhile it samples: {(masters + moments) / GB:.1f} GB of masters and "
-        f"moments; vLLM's weights {engine / GB:.1f} GB,\nits logits {buffer / GB:.1f} GB "
-        f"({sequences} sequences at once) and its cache ({per_token:,} B a token; the run can use "
-        f"{wanted / GB:.1f} GB\nof it), without its activations and CUDA graphs.",
-        "",
-        markdown(["GPU", "GB to learn", "full-length responses in flight on a GPU"], rows),
-    ]
-
-
-def disk(weights: int) -> str:
-    """What a run's folder needs: two states and two exports, and one more of each while it is
-    being written."""
-    state = 12 * weights  # fp32 weights and Adam's two moments
-    export = 2 * weights  # bf16
+        # As Sampler does: it starts before there are moments
+        room = 0.95 * (size * GB - masters) - (states - masters) - weights - logits
+        fits = total(parts) < size * GB and room > row
+        number = f"{min(room / row, sequences):.0f} responses" if fits else "does not fit"
+        held.append(f"{size} GB: {number}")
     return (
-        f"disk       {3 * (state + export) / GB:.1f} GB at the peak: 3 states of {state / GB:.1f} "
-        f"GB (12 B a weight) and 3 saved models of {export / GB:.1f} GB (2 B a weight)"
+        "\nCUDA, NCCL and the sleeping engine need 3 to 6 GB more, by guess. While it samples: "
+        f"{states / GB:.1f} GB of masters and\nmoments, {weights / GB:.1f} GB of vLLM's weights, "
+        f"{logits / GB:.1f} GB of its logits, and its cache, {row / GB:.2f} GB per response of "
+        f"full length.\nA GPU of these sizes holds at once: {'; '.join(held)}"
     )
 
 
-# -------------------------------------------------------------------------- network and hours
+def disk_bytes(weights: int) -> int:
+    """Of a run's folder at its fullest. A state: 12 B per weight; a model in bf16: 2 B."""
+    return (3 * 12 + 2 * 2) * weights
 
 
-def network(config: PlanConfig, weights: Weights, micro_batches: int) -> list[str]:
-    """What a GPU sends in an update: within its node, and to other nodes."""
-    if config.ranks == 1:
-        return ["network    nothing: there is one GPU"]
-    others = (config.gpus - 1) / config.gpus
-    # Layers are gathered for the forward and for the backward pass, the root group once
-    a_pass = config.bytes_per_number * weights.all * others
-    for_gradient = config.bytes_per_number * (2 * weights.layers + weights.rest) * others
-    old_logprobs = (1 - 1 / config.updates) * a_pass
-    gathered = micro_batches * (for_gradient + old_logprobs)
-    reductions = micro_batches if config.offload else 1
-    reduced = reductions * 4 * weights.all * others
-    # A ring's all-reduce of this GPU's shard, over the nodes
-    copied = reductions * 2 * (config.nodes - 1) / config.nodes * 4 * weights.all / config.gpus
-    within = (gathered + reduced) / GB / config.node_gb_s
-    between = copied / GB / config.network_gb_s
-    return [
-        f"network    a GPU sends in an update, on average: {gathered / GB:.1f} GB of weights "
-        f"(all-gather; {micro_batches} micro-batch(es)) and\n           {reduced / GB:.1f} GB of "
-        f"gradients (reduce-scatter) within its node: {within:.2f} s at {config.node_gb_s:g} GB/s "
-        f"(assumed);\n           {copied / GB:.1f} GB of gradients (all-reduce) to other nodes: "
-        f"{between:.2f} s at {config.network_gb_s:g} GB/s (assumed).\n           FSDP hides most "
-        f"of it behind computing. The engine gets {a_pass / GB:.1f} GB of weights a step.",
-    ]
+def host_bytes(config: PlanConfig, weights: int) -> float:
+    """Of a node's memory at its fullest. With `offload`, weights, moments and gradients (16 B per
+    weight) are there, too."""
+    return (14 + 16 * config.offload) * weights + config.gpus * LIBRARIES
 
 
-def hours(config: PlanConfig, weights: int, prompt: float) -> Iterator[str]:
-    """A line for each device that step.py has measured with a model of like size."""
-    rows = [json.loads(line) for line in MEASURED.read_text().splitlines()]
-    latest = {(row["device"], row["parameters"]): row for row in rows}
-    found = False
-    for row in latest.values():
-        ratio = weights / row["parameters"]
-        if not 1 / 3 <= ratio <= 3:
-            continue
-        found = True
-        few, usual, many = (
-            measured_seconds(config, Workload(prompt, share), row, ratio)
-            for share in (BRIEF_LONG[0], MEAN_SHARE, BRIEF_LONG[1])
-        )
-        in_hours = [config.steps * sum(seconds) / 3600 for seconds in (few, usual, many)]
-        yield (
-            f"hours      {in_hours[1]:,.2f} on {config.ranks} x {row['device']} "
-            f"({in_hours[0]:,.2f} to {in_hours[2]:,.2f} for responses of {BRIEF_LONG[0]:.0%} to "
-            f"{BRIEF_LONG[1]:.0%} of the limit): a step samples for {usual[0]:.1f} s and learns "
-            f"for {usual[1]:.1f} s, without evaluations; from {row['sample_tokens_per_s']:,.0f} "
-            f"and {row['update_tokens_per_s']:,.0f} tokens/s of `{row['command']}`, {row['date']}, "
-            f"torch {row['versions']['torch']}"
-            + ("" if 0.99 < ratio < 1.01 else f", scaled by {ratio:.2f} in parameters")
-        )
-    if all("cpu" in row["device"].lower() for row in rows):
-        yield (
-            "hours      on a GPU: not yet measured on a GPU. `python benchmarks/step.py --save "
-            "--shape 1.5b --prompts 16 --activation-checkpointing` (or 0.5b, 7b) on yours adds its "
-            "tokens/s to benchmarks/measured.jsonl, and plan.py then uses them."
-        )
-    elif not found:
-        yield (
-            "hours      no model of a third to three times this size has been measured: "
-            "run `python benchmarks/step.py --save --shape ...` with a nearer one."
-        )
+# -------------------------------------------------------------------------------------- --try
 
 
-def measured_seconds(
-    config: PlanConfig, work: Workload, row: dict, ratio: float
-) -> tuple[float, float, float]:
-    """Seconds of a step: to sample, to learn, and the rest; `row` is what step.py measured."""
-    scale = ratio * row["ranks"] / config.ranks  # its tokens/s are those of all its ranks
-    response = work.response(config)
-    sampling = config.responses * response / row["sample_tokens_per_s"] * scale
-    learning = config.responses * (work.prompt + response) / row["update_tokens_per_s"] * scale
-    learning *= passes(config) / (3 + row["activation_checkpointing"])
-    rest = row["seconds_step"] - row["seconds_sample"] - row["seconds_update"]
-    return sampling, learning, rest
+def trial(config: PlanConfig) -> None:
+    """Measure in a scratch folder, which is removed. Exits with code 1 if something must stop."""
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    nodes = int(os.environ.get("WORLD_SIZE", 1)) // local
+    config = replace(config, name=f"{config.name}-try", gpus=local, nodes=nodes)
+    if rank == 0:  # if it ends, torchrun ends the others
+        shutil.rmtree(config.folder, ignore_errors=True)
+        config.folder.mkdir(parents=True)
+        refuse_small_machine(config)
+    prepared = prepare(config)
+    watch, give_rewards = Watch(), drgrpo.give_rewards
+
+    def half_right(*arguments):
+        """Grades as usual, and then rewards every second response: all of them are trained."""
+        rollouts = give_rewards(*arguments)
+        for place, rollout in enumerate(rollouts):
+            rollout.reward = float(place % 2)
+        return rollouts
+
+    drgrpo.timed, drgrpo.give_rewards = watch, half_right
+    try:
+        report = measure(config, prepared, watch)
+    except Exception:
+        phase = watch.phases[-1] if watch.phases else "the end"
+        print(f"stop: rank {rank} failed in: {phase}. {ladder(config, phase)}", flush=True)
+        raise
+    if rank == 0:
+        shutil.rmtree(config.folder)
+        print(report)
 
 
-def passes(config: PlanConfig) -> float:
-    """What a round's learning costs, in forward passes over its tokens.
+def refuse_small_machine(config: PlanConfig) -> None:
+    """Say what the run needs of disk and host, and what is free; exit if that is less."""
+    weights = numel(meta_model(config.model))
+    free = shutil.disk_usage(config.folder).free
+    host = host_bytes(config, weights)
+    for name, needed, there in (
+        ("disk", disk_bytes(weights), free),
+        ("memory of the host", host, host_free()),
+    ):
+        line = f"{name}: {needed / GB:.3f} GB needed, {there / GB:.3f} GB free"
+        if needed > there:
+            sys.exit(f"stop: {line}")
+        print(line)
 
-    The backward pass is two, checkpointing one more, and there is one for the old log-probs of all
-    updates but the first.
+
+def host_free() -> int:
+    """Bytes that this node's processes can take: what is free, or the limit of a cgroup (v2)."""
+    free = psutil.virtual_memory().available
+    group = Path("/proc/self/cgroup").read_text().split("0::/")[-1].strip()
+    for folder in (Path("/sys/fs/cgroup", group), *Path("/sys/fs/cgroup", group).parents):
+        limit = folder / "memory.max"
+        if limit.exists() and limit.read_text().strip() != "max":
+            free = min(free, int(limit.read_text()))
+    return free
+
+
+def ladder(config: PlanConfig, phase: str) -> str:
+    """What to change, in order, if memory ran out in this phase."""
+    rungs = [] if config.offload else ["--offload"]
+    if phase in ("old_logprobs", "update") and config.tokens_per_microbatch > config.context:
+        fewer = max(config.context, config.tokens_per_microbatch // 2)
+        rungs.insert(0, f"--tokens-per-microbatch {fewer}")
+    return f"If memory ran out, try in this order: {', '.join([*rungs, 'more GPUs'])}"
+
+
+def measure(config: PlanConfig, prepared: tuple, watch: "Watch") -> str:
+    """Make two steps, a state and an export. Returns the report, of all ranks.
+
+    Raises RuntimeError if a state comes back other than it was.
     """
-    return 3 + config.activation_checkpointing + 1 - 1 / config.updates
+    with ExitStack() as ends:
+        with watch({}, "start"):
+            policy, optimizer, sampler, grader = ends.enter_context(drgrpo.start(config))
+            run = ends.enter_context(Run(config, *prepared, policy, optimizer))
+        let_no_response_end(sampler)
+        for step in range(2):  # the first one warms up
+            metrics, _ = drgrpo.train_step(
+                config, step, prepared[1], policy, optimizer, sampler, grader
+            )
+        with watch({}, "copy a state"):
+            run.states.save(2)
+        with watch({}, "write a state"):
+            run.states.wait()
+        saved = [tensor.cpu().clone() for tensor in shards(policy, optimizer)]
+        for tensor in shards(policy, optimizer):
+            tensor.zero_()
+        with watch({}, "load a state"):
+            step = run.states.load()
+        loaded = [tensor.cpu() for tensor in shards(policy, optimizer)]
+        if step != 2 or not all(map(torch.equal, saved, loaded)):
+            raise RuntimeError("the state that was loaded is not the one that was to be saved")
+        with watch({}, "export"):
+            run.export(2, {}, drgrpo.full_weights(policy.model, policy.model.config.dtype))
+        return report(config, prepared, watch, metrics)
 
 
-def reckoned_hours(config: PlanConfig, model: torch.nn.Module, prompt: float) -> str:
-    """A range of hours from the GPU's data sheet and from shares of it that are assumed.
+def shards(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """This rank's weights and moments."""
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [tensor.detach() for tensor in (*policy.parameters(), *moments)]
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
-    An engine's step reads all weights and the cache of the responses in flight; some response
-    reaches the limit, so there are as many steps as that has tokens.
-    """
-    weights, c = Weights(model), model.config
-    ends = []
-    for share, mfu, overhead in zip(BRIEF_LONG, reversed(MFU), OVERHEAD, strict=True):
-        work = Workload(prompt, share)
-        response = work.response(config)
-        length = prompt + response
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        attention = 2 * c.num_hidden_layers * c.num_attention_heads * head_dim * length**2
-        forward = 2 * (length * weights.layers + response * weights.head) + attention
-        flops = passes(config) * config.responses * forward
-        learning = flops / (config.ranks * config.gpu_tflops * 1e12 * mfu)
-        tokens_to_read = config.responses / config.ranks * (prompt + response / 2)
-        gb_read = config.max_response_tokens * (config.bytes_per_number * weights.all / GB)
-        # each response is read while it lasts, which is a share of the steps
-        gb_read += response * cache_bytes(c, 1, config.bytes_per_number) * tokens_to_read / GB
-        sampling = gb_read / config.gpu_gb_s + config.max_response_tokens * overhead
-        ends.append(config.steps * (sampling + learning) / 3600)
-    missing = "evaluations"
-    if config.offload:
-        missing += ", the CPU's AdamW and the way of weights and gradients to it and back"
-    return (
-        f"hours      {ends[0]:,.1f} to {ends[1]:,.1f} on {config.ranks} GPU(s), reckoned and not "
-        f"measured, without {missing}: {config.gpu_tflops:g} TFLOPS and {config.gpu_gb_s:g} GB/s "
-        f"a GPU; assumed are responses of {BRIEF_LONG[0]:.0%} to {BRIEF_LONG[1]:.0%} of the "
-        f"limit, a learner at {MFU[1]:.0%} to {MFU[0]:.0%} of the peak (with what it computes "
-        f"again), and {1000 * OVERHEAD[0]:g} to {1000 * OVERHEAD[1]:g} ms an engine step beside "
-        "reading its memory"
+
+def let_no_response_end(sampler: drgrpo.Sampler) -> None:
+    """Every response gets its full length. EOS and stop strings may be drawn and are tokens like
+    any other then: no log-prob is another."""
+    generate = sampler.llm.generate
+
+    def full_length(prompts, params, **options):
+        for one in params:
+            one.ignore_eos, one.stop, one.stop_token_ids = True, [], []
+        return generate(prompts, params, **options)
+
+    sampler.llm.generate = full_length
+
+
+class Watch:
+    """Takes the place of `drgrpo.timed`: keeps each phase's seconds and highest memory."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}  # the last time
+        self.peaks: dict[str, float] = {}  # bytes
+        self.phases: list[str] = []  # that are not over, or failed
+        threading.Thread(target=self.look, daemon=True).start()
+
+    def look(self) -> None:
+        while True:
+            used = memory_in_use()
+            for phase in list(self.phases):
+                self.peaks[phase] = max(self.peaks.get(phase, 0), used)
+            time.sleep(0.02)
+
+    @contextmanager
+    def __call__(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
+        self.peaks[phase] = max(self.peaks.get(phase, 0), memory_in_use())
+        self.phases.append(phase)
+        with timed(seconds, phase):
+            yield
+        self.phases.remove(phase)
+        self.seconds[phase] = seconds[f"seconds_{phase}"]
+
+
+def memory_in_use() -> float:
+    """Bytes: of this rank's GPU, by all processes; without a GPU, of this process."""
+    if not drgrpo.CUDA:
+        return psutil.Process().memory_info().rss
+    if not torch.cuda.is_initialized():  # that is for start_ranks to do
+        return 0
+    free, size = torch.cuda.mem_get_info(int(os.environ["LOCAL_RANK"]))
+    return size - free
+
+
+def report(config: PlanConfig, prepared: tuple, watch: Watch, metrics: dict) -> str:
+    """What the trial has measured: of all ranks the longest time and the highest memory."""
+    rss = psutil.Process().memory_info().rss
+    seconds_of, peaks_of, rss_of = zip(*from_all_ranks((watch.seconds, watch.peaks, rss)))
+    seconds = {phase: max(rank[phase] for rank in seconds_of) for phase in watch.seconds}
+    rows = []
+    for phase, value in seconds.items():
+        peak = max(rank[phase] for rank in peaks_of)
+        rows.append([phase, f"{value:.2f}", f"{peak / GB:.2f}"])
+    state, model = (
+        sum(file.stat().st_size for file in (config.folder / name).rglob("*")) / GB
+        for name in ("state", "model")
+    )
+    _, problems, held_out, _ = prepared
+    prompt, limit = mean_prompt(problems), config.max_response_tokens
+    share = (prompt + MEAN_SHARE * limit) / (prompt + limit)
+    step = sum(seconds[phase] for phase in ("sample", "sleep", "score", "update", "sync"))
+    evaluation = seconds["sample"] * len(held_out) / config.responses + seconds["export"]
+    evaluations = config.steps / config.eval_every + 1
+    saves = config.steps / (config.save_every or config.eval_every)
+    most = config.steps * step + evaluations * evaluation + saves * seconds["copy a state"]
+    memory = "GPU" if drgrpo.CUDA else "process"
+    return "\n".join(
+        [
+            markdown(["phase", "seconds", f"highest memory of a {memory}, GB"], rows),
+            f"\ngap       {metrics['gap']:.2g} nats per token; all responses have "
+            f"{metrics['length']:.0f} tokens",
+            f"saving    {state:.3f} GB in {seconds['write a state']:.2f} s, while a run goes on; "
+            f"it came back equal. A model has {model:.3f} GB",
+            f"host      {sum(rss_of) / config.nodes / GB:.2f} GB per node in all processes",
+            f"hours     at most {most / 3600:,.2f}, if all responses have full length; "
+            f"{share * most / 3600:,.2f} if they have\n          {MEAN_SHARE:.0%} of it on average "
+            "(assumed) and time follows the tokens",
+            "versions  " + ", ".join(f"{name} {value}" for name, value in versions().items()),
+        ]
     )
 
 
 def main() -> None:
     presets = {}
-    for name, (description, config) in PRESETS.items():
+    for name, (description, config) in drgrpo.PRESETS.items():
         gpus = 1 if name in ("toy", "gsm8k-0.5b") else 8
-        settings = vars(config) | {"dtype": "bfloat16", "gpus": gpus}
-        presets[name] = (description, PlanConfig(**settings))
+        presets[name] = (description, PlanConfig(**vars(config), gpus=gpus))
     try:
         config = tyro.extras.overridable_config_cli(presets, description=__doc__)
-        if config.model.startswith(TOY):
-            make_toy(TOY)
-        _, problems, held_out, dropped = load_data(config)
+        if config.model.startswith(drgrpo.TOY):
+            make_toy(drgrpo.TOY)
+        if config.trial:
+            trial(config)
+        else:
+            _, problems, held_out, dropped = load_data(config)
+            print(plan(config, problems, held_out, dropped))
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(plan(config, problems, held_out, dropped))
 
 
 if __name__ == "__main__":
