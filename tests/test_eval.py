@@ -232,8 +232,8 @@ class AnyPrompt(StoredSampler):
 
     def generate(self, problems, *arguments):
         for i, problem in enumerate(problems):
-            answer = problem.answers[0] if i % 2 == 0 else "no"
-            self.responses[problem.prompt] = [boxed(answer), boxed("7^9")]
+            answer = problem.answers[0] if i % 2 == 0 else "77"
+            self.responses[problem.prompt] = [boxed(answer), boxed("99")]
         return super().generate(problems, *arguments)
 
     def close(self):
@@ -458,7 +458,7 @@ def test_regrading_tells_what_another_grader_changes():
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert table == [
         ["r1", "1", "0", "1", "1", "0", "0", "0"],
-        ["none", "3", "1", "2", "0", "1", "0", "0"],
+        ["none", "3", "2", "2", "0", "1", "0", "0"],
         ["qwen_math", "1", "0", "0", "0", "0", "0", "0"],
     ]
     assert [row["reward"] for row in rows] == [1, 1, 0, 1, 0]
