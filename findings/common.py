@@ -12,7 +12,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from itertools import product
@@ -24,7 +24,6 @@ from filelock import FileLock
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from support.records import read_json, read_rows, versions
@@ -68,9 +67,9 @@ class Run:
     def command(self) -> str:
         return shlex.join(["python", *self.arguments])
 
-    def metrics(self) -> list[dict]:
-        """The rows of metrics.jsonl: one a step, and one of the last evaluation."""
-        return read_rows(self.folder / "metrics.jsonl")
+    def metric(self, key: str) -> list[float]:
+        """A number for each step, or for each evaluation."""
+        return [row[key] for row in read_rows(self.folder / "metrics.jsonl") if key in row]
 
     def samples(self) -> list[dict]:
         """The rows of samples.jsonl, one a response; G responses to a problem stand together."""
@@ -80,10 +79,11 @@ class Run:
         """Train it, unless it is finished; one that was stopped goes on. One with other settings is
         removed first. Raises RuntimeError with the end of its log if it fails."""
         there = read_json(self.folder / "config.json")
-        wanted = self.settings | {"seed": self.seed, "steps": STEPS, "eval_every": EVAL_EVERY}
+        preset = {"steps": STEPS, "eval_every": EVAL_EVERY}
+        wanted = preset | self.settings | {"seed": self.seed}
         if there and any(there["settings"].get(key) != value for key, value in wanted.items()):
             shutil.rmtree(self.folder)
-        elif there and there["finished"] == STEPS:
+        elif there and there["finished"] == wanted["steps"]:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("w") as log:
@@ -117,14 +117,14 @@ def train(runs: list[Run]) -> None:
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
-def mean_interval(values: list[float]) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """The mean and its 95% interval by Student's t, for 2 to 13 values."""
     half = T_95[len(values) - 2] * float(np.std(values, ddof=1)) / len(values) ** 0.5
     middle = float(np.mean(values))
     return middle, middle - half, middle + half
 
 
-def sign_flip_test(differences: list[float]) -> float:
+def sign_flip_test(differences: Sequence[float]) -> float:
     """Two-sided p of the hypothesis that differences paired by seed are as likely below 0 as above.
 
     Exact: all 2^n ways to flip signs are tried. p is the share of them whose sum is at least as
@@ -136,11 +136,24 @@ def sign_flip_test(differences: list[float]) -> float:
     return float(np.mean(sums >= seen - 1e-9 * (1 + seen)))  # with room for rounding
 
 
-def paired(values: list[float], base: list[float], digits: int = 1) -> str:
-    """values - base, one of each a seed: mean, [95% interval] and p of the differences."""
+@dataclass(frozen=True)
+class Difference:
+    """Of values paired by seed: the mean difference, its 95% interval, and p of the sign test."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    def text(self, digits: int = 1) -> str:
+        mean, low, high = (f"{v:+.{digits}f}" for v in (self.mean, self.low, self.high))
+        return f"{mean} [{low}, {high}], p {self.p:.3f}"
+
+
+def paired(values: Iterable[float], base: Iterable[float]) -> Difference:
+    """values - base, one of each a seed."""
     differences = [value - other for value, other in zip(values, base, strict=True)]
-    middle, low, high = (f"{value:+.{digits}f}" for value in mean_interval(differences))
-    return f"{middle} [{low}, {high}], p {sign_flip_test(differences):.3f}"
+    return Difference(*mean_interval(differences), sign_flip_test(differences))
 
 
 def least_p(seeds: int) -> str:
@@ -201,14 +214,13 @@ STYLE: Any = {  # of matplotlib's rc parameters
 
 
 def draw_band(
-    axis: Axes, steps: list[int], curves: list[list], color: str, label: str, dashes: str = "-"
-) -> Line2D:
-    """The mean over seeds, and one standard deviation around it. None: no value at this step."""
-    values = np.array(curves, dtype=float)  # (seeds, steps), nan for None
-    middle, spread = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
+    axis: Axes, curves: Any, color: str, label: str, dashes: str = "-", every: int = 1
+) -> None:
+    """The mean over seeds of (seeds, steps) numbers, and one standard deviation around it."""
+    middle, spread = np.nanmean(curves, axis=0), np.nanstd(curves, axis=0)
+    steps = np.arange(len(middle)) * every
     axis.fill_between(steps, middle - spread, middle + spread, color=color, alpha=0.13, lw=0)
-    (line,) = axis.plot(steps, middle, dashes, color=color, label=label)
-    return line
+    axis.plot(steps, middle, dashes, color=color, label=label)
 
 
 # ---------------------------------------------------------------------------------- findings
@@ -245,12 +257,11 @@ class Finding:
             "versions": versions(),
         }
         RESULTS.mkdir(exist_ok=True)
-        lines = [
-            f"{json.dumps(key)}: {json.dumps(rounded(value), ensure_ascii=False)}"
-            for key, value in (origin | self.measure()).items()
-        ]
-        text = "{\n" + ",\n".join(lines) + "\n}\n"
-        (RESULTS / f"{self.name}.json").write_text(text)
+        # Six digits are enough, and a line for each key
+        whole = json.dumps(origin | self.measure())
+        numbers = json.loads(whole, parse_float=lambda digits: float(f"{float(digits):.6g}"))
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in numbers.items()]
+        (RESULTS / f"{self.name}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
         self.write_figure()
         print(f"\n{self.section()}\n`python -m findings --page` writes findings/README.md again.")
 
@@ -277,12 +288,3 @@ def wrapped(text: str) -> str:
         filled = textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
         parts.append(part if part.startswith("|") else filled)
     return "\n\n".join(parts)
-
-
-def rounded(value: Any) -> Any:
-    """The same with every float at six digits: more would only make the files large."""
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value

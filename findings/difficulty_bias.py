@@ -28,20 +28,17 @@ NAMES = {"drgrpo": ("not divided (Dr. GRPO)", BLUE), "std": ("divided by the std
 def weigh(run: Run) -> dict[str, list]:
     """Of one run: problems and their weight for each number of right responses, 0 to G; and for
     each step the share of the weight that is on problems with one right or one wrong response."""
-    samples = run.samples()
-    steps = samples[-1]["step"] + 1
-    problems, weights = [0] * (GROUP + 1), [0.0] * (GROUP + 1)
-    extreme, total = np.zeros(steps), np.zeros(steps)
-    for start in range(0, len(samples), GROUP):
-        group = samples[start : start + GROUP]
-        right, step = sum(row["reward"] == 1 for row in group), group[0]["step"]
-        weight = sum(abs(row["advantage"]) for row in group)
-        problems[right] += 1
-        weights[right] += weight
-        total[step] += weight
-        if right in (1, GROUP - 1):
-            extreme[step] += weight
-    return {"problems": problems, "weights": weights, "extreme": (extreme / total).tolist()}
+    rows = run.samples()
+    steps = np.array([row["step"] for row in rows[::GROUP]])  # (P,), P problems of all steps
+    right = np.array([row["reward"] == 1 for row in rows]).reshape(-1, GROUP).sum(axis=1)  # (P,)
+    advantages = np.array([row["advantage"] for row in rows]).reshape(-1, GROUP)
+    weight = np.abs(advantages).sum(axis=1)  # (P,)
+    extreme = weight * np.isin(right, (1, GROUP - 1))
+    return {
+        "problems": np.bincount(right, minlength=GROUP + 1).tolist(),
+        "weights": np.bincount(right, weight, minlength=GROUP + 1).tolist(),
+        "extreme": (np.bincount(steps, extreme) / np.bincount(steps, weight)).tolist(),
+    }
 
 
 def measure() -> dict:
@@ -89,7 +86,7 @@ def draw(numbers: dict) -> Figure:
         left.plot(p, formula(name, p) / half, color=color, label=label)
         left.plot(RATES, mean_weights(numbers, name) / half, "o", color=color)
         shares = [run["extreme"] for run in numbers[name]]
-        draw_band(right, list(range(len(shares[0]))), shares, color, label)
+        draw_band(right, shares, color, label)
     left.set(title="Weight beside a pass rate of 1/2\n(dots: measured; lines: formula)")
     left.set(xlabel="pass rate", ylim=(0, 1.15), xlim=(0, 1))
     left.legend(loc="lower center", labelcolor="linecolor")

@@ -10,24 +10,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from findings.common import (
-    GREY,
-    METHODS,
-    SEEDS,
-    STEPS,
-    Finding,
-    Run,
-    draw_band,
-    least_p,
-    method_runs,
-    paired,
-    train,
-)
-from support.records import markdown, mean
+from findings import common
+from findings.common import EVAL_EVERY, GREY, METHODS, STEPS, Difference, Finding, Run
+from support.records import markdown
 
 WINDOWS = ((0, 10), (10, 20), (20, 30), (30, 40))  # steps
 LATE = WINDOWS[-1]
@@ -36,61 +24,63 @@ OTHERS = ("std", "length", "grpo")  # than Dr. GRPO
 SMOOTH = 2  # the figure pools a step with so many neighbours on each side
 
 
-def curves(run: Run) -> dict[str, list]:
-    """What the figure and the tests need of a run: a number for each step."""
-    steps = [row for row in run.metrics() if "reward" in row]
-    wrong: list[list[int]] = [[] for _ in steps]
-    for sample in run.samples():
-        if not sample["correct"]:
-            wrong[sample["step"]].append(sample["length"])
-    return {
-        "reward": [row["reward"] for row in steps],
-        "wrong_count": [len(lengths) for lengths in wrong],
-        "wrong_tokens": [sum(lengths) for lengths in wrong],
-        "eval_accuracy": [row["eval_accuracy"] for row in run.metrics() if "eval_accuracy" in row],
-    }
+def curves(runs: list[Run]) -> dict[str, list[list]]:
+    """What the figure and the tests need: for each run a list with a number for each step."""
+    found: dict = {key: [] for key in ("reward", "wrong_count", "wrong_tokens", "eval_accuracy")}
+    for run in runs:
+        wrong = [(row["step"], row["length"]) for row in run.samples() if not row["correct"]]
+        steps, lengths = np.array(wrong).T
+        found["wrong_count"].append(np.bincount(steps, minlength=STEPS).tolist())
+        found["wrong_tokens"].append(np.bincount(steps, lengths, minlength=STEPS).tolist())
+        for key in ("reward", "eval_accuracy"):
+            found[key].append(run.metric(key))
+    return found
 
 
 def measure() -> dict:
-    runs = {name: method_runs(name) for name in METHODS}
-    train([runs[name][seed] for seed in range(SEEDS) for name in METHODS])
-    return {"runs": [runs[name][0].command for name in METHODS]} | {
-        name: [curves(run) for run in runs[name]] for name in METHODS
-    }
+    runs = {name: common.method_runs(name) for name in METHODS}
+    common.train([runs[name][seed] for seed in range(common.SEEDS) for name in METHODS])
+    commands = [runs[name][0].command for name in METHODS]
+    return {"runs": commands} | {name: curves(runs[name]) for name in METHODS}
 
 
 # ------------------------------------------------------------------------------- comparisons
 
 
-def wrong_length(run: dict, steps: list[int]) -> float | None:
-    """Mean tokens of the wrong responses of these steps; each response counts once."""
-    count = sum(run["wrong_count"][step] for step in steps)
-    return sum(run["wrong_tokens"][step] for step in steps) / count if count else None
+def pooled(found: dict, chosen: np.ndarray) -> np.ndarray:
+    """Mean tokens of wrong responses of the chosen steps, (steps,) or (seeds, steps) of bool.
+
+    Returns (seeds,), nan where there is no response. Each response counts once.
+    """
+    tokens = np.where(chosen, found["wrong_tokens"], 0).sum(axis=1)
+    count = np.where(chosen, found["wrong_count"], 0).sum(axis=1)
+    return np.where(count > 0, tokens / np.maximum(count, 1), np.nan)
 
 
-def in_window(runs: list[dict], window: tuple[int, int]) -> list[float]:
+def in_window(found: dict, window: tuple[int, int]) -> np.ndarray:
     """Of each run, the length of wrong responses in a window of steps."""
-    lengths = [wrong_length(run, list(range(*window))) for run in runs]
-    return [length for length in lengths if length is not None]  # every window has wrong ones
+    return pooled(found, np.isin(np.arange(STEPS), range(*window)))
 
 
-def at_reward(run: dict, level: tuple[float, float]) -> float | None:
-    """The length of wrong responses in the steps whose reward is in this range."""
-    steps = [i for i, reward in enumerate(run["reward"]) if level[0] <= reward < level[1]]
-    return wrong_length(run, steps)
+def at_reward(found: dict, level: tuple[float, float]) -> np.ndarray:
+    """Of each run, that in the steps whose training reward is in this range."""
+    rewards = np.array(found["reward"])  # (seeds, steps)
+    return pooled(found, (rewards >= level[0]) & (rewards < level[1]))
 
 
-def pairs_at_reward(numbers: dict, name: str, level: tuple[float, float]) -> np.ndarray:
-    """(seeds, 2): the lengths of a method and of Dr. GRPO, of the seeds where both have some."""
-    pairs = [
-        (at_reward(run, level), at_reward(base, level))
-        for run, base in zip(numbers[name], numbers["drgrpo"], strict=True)
-    ]
-    return np.array([pair for pair in pairs if None not in pair], dtype=float)
+def reward(found: dict, window: tuple[int, int]) -> np.ndarray:
+    """Of each run, the mean training reward in a window of steps."""
+    return np.array(found["reward"])[:, slice(*window)].mean(axis=1)
 
 
-def rewards(runs: list[dict], window: tuple[int, int]) -> list[float]:
-    return [float(np.mean(run["reward"][slice(*window)])) for run in runs]
+def gained(numbers: dict, name: str, window: tuple[int, int]) -> Difference:
+    """Training reward of a method minus Dr. GRPO's."""
+    return common.paired(reward(numbers[name], window), reward(numbers["drgrpo"], window))
+
+
+def base_length(numbers: dict) -> float:
+    """Tokens of the base model's wrong responses: those of step 0, before the first update."""
+    return float(np.mean(in_window(numbers["drgrpo"], (0, 1))))
 
 
 # --------------------------------------------------------------------------- figure and text
@@ -101,101 +91,73 @@ def draw(numbers: dict) -> Figure:
     figure = Figure(figsize=(8, 4.3), layout="constrained")
     figure.suptitle("Dividing by the response's length makes wrong answers long")
     axes = figure.subplot_mosaic([["wrong", "reward"], ["wrong", "accuracy"]], width_ratios=(2, 1))
-    draw_lengths(axes["wrong"], numbers)
-    for key, panel in (("reward", "reward"), ("eval_accuracy", "accuracy")):
-        for name, method in METHODS.items():
-            lines = [run[key] for run in numbers[name]]
-            steps = np.linspace(0, STEPS, len(lines[0]), endpoint=key != "reward").tolist()
-            draw_band(axes[panel], steps, lines, method.color, method.label, method.dashes)
-        axes[panel].set(xlim=(0, STEPS), ylim=(0, 1.05))
-    axes["reward"].set(title="Training reward")
-    axes["accuracy"].set(title="Held-out accuracy", xlabel="step")
+    steps = np.arange(STEPS)
+    for name, method in METHODS.items():
+        found, style = numbers[name], (method.color, method.label, method.dashes)
+        smooth = [pooled(found, abs(steps - step) <= SMOOTH) for step in steps]
+        common.draw_band(axes["wrong"], np.transpose(smooth), *style)
+        common.draw_band(axes["reward"], found["reward"], *style)
+        common.draw_band(axes["accuracy"], found["eval_accuracy"], *style, every=EVAL_EVERY)
+    start = base_length(numbers)
+    axes["wrong"].axhline(start, color=GREY, linewidth=1, linestyle=":")
+    axes["wrong"].text(39, start - 1.4, f"base model: {start:.0f}", color=GREY, ha="right")
+    axes["wrong"].set(title="Mean tokens of wrong responses", xlabel="step", ylim=(0, 50))
+    axes["wrong"].legend(loc="lower center", ncols=2, labelcolor="linecolor")
+    axes["reward"].set(title="Training reward", ylim=(0, 1.05))
+    axes["accuracy"].set(title="Held-out accuracy", xlabel="step", ylim=(0, 1.05))
     return figure
 
 
-def draw_lengths(axis: Axes, numbers: dict) -> None:
-    """The large panel, with a legend beside each pair of lines."""
-    lines = {}
-    for name, method in METHODS.items():
-        smooth = []
-        for run in numbers[name]:
-            windows = [(max(0, i - SMOOTH), min(STEPS, i + SMOOTH + 1)) for i in range(STEPS)]
-            smooth.append([wrong_length(run, list(range(*window))) for window in windows])
-        lines[name] = draw_band(
-            axis, list(range(STEPS)), smooth, method.color, method.label, method.dashes
-        )
-    start = base_length(numbers)
-    axis.axhline(start, color=GREY, linewidth=1, linestyle=":")
-    axis.text(39, start - 1.4, f"base model: {start:.0f}", color=GREY, fontsize=9, ha="right")
-    axis.set(title="Mean tokens of wrong responses", xlabel="step", xlim=(0, STEPS), ylim=(0, 50))
-    long = [lines["grpo"], lines["length"]]
-    axis.add_artist(axis.legend(handles=long, loc="upper left", labelcolor="linecolor"))
-    short = [lines["drgrpo"], lines["std"]]
-    axis.legend(handles=short, loc="lower right", labelcolor="linecolor")
-
-
-def base_length(numbers: dict) -> float:
-    """Tokens of the base model's wrong responses: those of step 0, before the first update."""
-    return float(np.mean(in_window(numbers["drgrpo"], (0, 1))))
-
-
-def by_window(numbers: dict) -> str:
-    """Lengths, their ratios and differences."""
-    rows = []
-    for start, end in WINDOWS:
-        base = in_window(numbers["drgrpo"], (start, end))
-        cells = [f"{start} to {end - 1}", f"{np.mean(base):.1f}"]
+def comparison(head: str, rows: dict[str, dict[str, np.ndarray]]) -> str:
+    """A table: each row's lengths of each method, with ratio and difference to Dr. GRPO's, of the
+    seeds where both have some."""
+    table = []
+    for label, lengths in rows.items():
+        base = lengths["drgrpo"]
+        cells = [label, f"{np.nanmean(base):.1f}"]
         for name in OTHERS:
-            lengths = in_window(numbers[name], (start, end))
-            ratio = np.mean(lengths) / np.mean(base)
-            cells.append(f"{np.mean(lengths):.1f} ({ratio:.2f}): {paired(lengths, base)}")
-        rows.append(cells)
-    return markdown(["steps", *(method.label for method in METHODS.values())], rows)
-
-
-def by_reward(numbers: dict) -> str:
-    """Lengths at equal training reward."""
-    rows = []
-    for level in LEVELS:
-        cells = [f"{level[0]:g} to {level[1]:g}"]
-        base = [at_reward(run, level) for run in numbers["drgrpo"]]
-        cells.append(f"{mean(length for length in base if length is not None):.1f}")
-        for name in OTHERS:
-            mine, other = pairs_at_reward(numbers, name, level).T.tolist()
-            cells.append(f"{np.mean(mine):.1f}: {paired(mine, other)} ({len(mine)} seeds)")
-        rows.append(cells)
-    return markdown(["reward", *(method.label for method in METHODS.values())], rows)
-
-
-def gained(numbers: dict, name: str, window: tuple[int, int]) -> str:
-    """Training reward of a method minus Dr. GRPO's."""
-    return paired(rewards(numbers[name], window), rewards(numbers["drgrpo"], window), 3)
+            both = ~np.isnan(lengths[name]) & ~np.isnan(base)
+            mine, other = lengths[name][both], base[both]
+            versus = common.paired(mine, other).text()
+            few = "" if both.all() else f" ({both.sum()} seeds)"
+            cells.append(
+                f"{mine.mean():.1f}, {mine.mean() / other.mean():.2f} times: {versus}{few}"
+            )
+        table.append(cells)
+    return markdown([head, *(method.label for method in METHODS.values())], table)
 
 
 def measured(numbers: dict) -> str:
-    base = in_window(numbers["drgrpo"], LATE)
-    return (
-        f"tokens more than with Dr. GRPO, steps {LATE[0]} to {LATE[1] - 1}: GRPO "
-        f"{paired(in_window(numbers['grpo'], LATE), base)}"
-    )
+    versus = common.paired(in_window(numbers["grpo"], LATE), in_window(numbers["drgrpo"], LATE))
+    return f"tokens, GRPO minus Dr. GRPO, over the last ten steps: {versus.text()}"
 
 
 def text(numbers: dict) -> str:
     late = {name: np.mean(in_window(numbers[name], LATE)) for name in METHODS}
-    accuracy = {name: np.mean([run["eval_accuracy"][-1] for run in numbers[name]]) for name in late}
-    start, seeds = base_length(numbers), len(numbers["drgrpo"])
+    accuracy = {name: np.mean(numbers[name]["eval_accuracy"], axis=0)[-1] for name in METHODS}
+    start, seeds = base_length(numbers), len(numbers["drgrpo"]["reward"])
+    by_window = {
+        f"{window[0]} to {window[1] - 1}": {n: in_window(numbers[n], window) for n in METHODS}
+        for window in WINDOWS
+    }
+    by_reward = {
+        f"{level[0]:g} to {level[1]:g}": {n: at_reward(numbers[n], level) for n in METHODS}
+        for level in LEVELS
+    }
     gains = {}  # in reward
     for window in ((10, 30), LATE):
-        told = (f"{gained(numbers, name, window)} ({METHODS[name].label})" for name in OTHERS)
+        told = (
+            f"{gained(numbers, name, window).text(3)} ({METHODS[name].label})" for name in OTHERS
+        )
         gains[window] = ", ".join(told)
     return f"""Mean tokens of wrong responses, with the ratio to Dr. GRPO's and the difference to
-it, paired by seed, with its 95% interval:
+it, common.paired by seed, with its 95% interval:
 
-{by_window(numbers)}
+{comparison("steps", by_window)}
 
 At equal training reward:
 
-{by_reward(numbers)}
+{comparison("reward", by_reward)}
 
 The base model's wrong responses have {start:.1f} tokens. They grow with Dr. GRPO, too, to
 {late["drgrpo"]:.1f} over the last ten steps ({late["drgrpo"] - start:+.1f}). With the division by
@@ -209,7 +171,8 @@ steps 10 to 29: {gains[10, 30]}; over steps 30 to 39: {gains[LATE]}. Held-out ac
 
 In the figure a line is the mean over {seeds} seeds and a band one standard deviation; a step is
 pooled with {SMOOTH} steps on each side. p is of an exact sign-flip test over seeds, which with
-{seeds} of them cannot be below {least_p(seeds)}; it is not corrected for the number of comparisons.
+{seeds} of them cannot be below {common.least_p(seeds)}; it is not corrected for the number of
+comparisons.
 
 **Not shown:** a large model. The toy has few ways to be wrong: it guesses at once (8 tokens), works
 the problem out with a slip (27), or starts over until it is cut off (72). At scale the evidence is

@@ -15,21 +15,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from findings.common import (
-    BLUE,
-    GREEN,
-    RED,
-    ROOT,
-    STEPS,
-    TOY_BASE,
-    Finding,
-    Run,
-    draw_band,
-    least_p,
-    method_runs,
-    paired,
-    train,
-)
+from findings import common
+from findings.common import BLUE, GREEN, RED, ROOT, STEPS, TOY_BASE, Difference, Finding, Run
 from support.records import markdown, read_rows
 from templates import last_boxed
 
@@ -44,7 +31,7 @@ COLORS = {"drgrpo": BLUE, "coin": RED, "no_clip": GREEN}
 def arm_runs() -> dict[str, list[Run]]:
     """The runs of each arm, one a seed."""
     return {
-        "drgrpo": method_runs("drgrpo", SEEDS),
+        "drgrpo": common.method_runs("drgrpo", SEEDS),
         "coin": [Run("coin", seed, COIN) for seed in range(SEEDS)],
         "no_clip": [Run("coin-no-clip", seed, NO_CLIP) for seed in range(SEEDS)],
     }
@@ -71,7 +58,7 @@ def share(samples: list[dict], has: Callable[[dict], bool]) -> list[float]:
 
 def measure() -> dict:
     runs = arm_runs()
-    train([run for arm in ARMS for run in runs[arm]])
+    common.train([run for arm in ARMS for run in runs[arm]])
     answers = golds()
 
     def is_right(sample: dict) -> bool:
@@ -102,39 +89,35 @@ def draw(numbers: dict) -> Figure:
     panels = {"accuracy": "Right responses", "worked": "Responses that are worked out"}
     for axis, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
         for arm, label in ARMS.items():
-            draw_band(axis, list(range(STEPS)), numbers[key][arm], COLORS[arm], label)
+            common.draw_band(axis, numbers[key][arm], COLORS[arm], label)
         axis.set(title=title, xlabel="step", ylim=(0, 1.05), xlim=(0, STEPS))
     axis.legend(loc="center right", labelcolor="linecolor")
     return figure
 
 
-def before(curves: list[list[float]]) -> list[float]:
-    """Of each seed, at step 0: the base model."""
-    return [curve[0] for curve in curves]
+def around(numbers: dict, key: str, arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each seed, the share at step 0, which is the base model's, and over the last steps."""
+    shares = np.array(numbers[key][arm])  # (seeds, steps)
+    return shares[:, 0], shares[:, -LAST:].mean(axis=1)
 
 
-def after(curves: list[list[float]]) -> list[float]:
-    """Of each seed, over the last steps."""
-    return [float(np.mean(curve[-LAST:])) for curve in curves]
-
-
-def change(numbers: dict, key: str, arm: str) -> str:
-    curves = numbers[key][arm]
-    return paired(after(curves), before(curves), 3)
+def change(numbers: dict, key: str, arm: str) -> Difference:
+    before, after = around(numbers, key, arm)
+    return common.paired(after, before)
 
 
 def measured(numbers: dict) -> str:
-    return f"accuracy changes by {change(numbers, 'accuracy', 'coin')}"
+    return f"accuracy changes by {change(numbers, 'accuracy', 'coin').text(3)}"
 
 
 def text(numbers: dict) -> str:
     rows = []
     for arm, label in ARMS.items():
         for key, name in (("accuracy", "right"), ("worked", "worked out")):
-            curves = numbers[key][arm]
-            cells = [label, name, f"{np.mean(before(curves)):.3f}", f"{np.mean(after(curves)):.3f}"]
-            each = " ".join(f"{value:.3f}" for value in after(curves))
-            rows.append([*cells, each, change(numbers, key, arm)])
+            before, after = around(numbers, key, arm)
+            each = " ".join(f"{value:.3f}" for value in after)
+            cells = [label, name, f"{before.mean():.3f}", f"{after.mean():.3f}", each]
+            rows.append([*cells, change(numbers, key, arm).text(3)])
     head = ["reward", "share of responses", "step 0", f"last {LAST} steps", "each seed"]
     seeds = len(numbers["accuracy"]["coin"])
     return f"""{markdown([*head, "change [95% interval]"], rows)}
@@ -142,7 +125,7 @@ def text(numbers: dict) -> str:
 The coin's mean is {numbers["reward_right"]:.3f} for right responses that ended and
 {numbers["reward_wrong"]:.3f} for wrong ones, so it knows nothing of the answer. Accuracy does not
 stay where it is: it falls. The updates are noise, and noise loses what the model could. p is of
-an exact sign-flip test; with {seeds} seeds it cannot be below {least_p(seeds)}.
+an exact sign-flip test; with {seeds} seeds it cannot be below {common.least_p(seeds)}.
 
 The toy's problems are clean: nothing that it has read holds one of them. On contaminated benchmarks
 it can come out otherwise. With Qwen2.5-Math-7B random rewards raised MATH-500 by 21 points (arXiv

@@ -15,34 +15,20 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from findings.common import (
-    BLUE,
-    EVAL_EVERY,
-    GREEN,
-    GREY,
-    RED,
-    ROOT,
-    STEPS,
-    TOY_BASE,
-    Finding,
-    Run,
-    draw_band,
-    mean_interval,
-    method_runs,
-    train,
-)
+from findings import common
+from findings.common import BLUE, EVAL_EVERY, GREEN, GREY, RED, ROOT, STEPS, TOY_BASE, Finding, Run
 from support.records import markdown, read_rows
 from toy import make_toy
 
 SEEDS = 6
 CHAT_SEEDS = 3  # of qwen_math: its runs take several times as long
 CHAT = {"template": "qwen_math", "max_prompt_tokens": 160}  # its prompts have up to 145 tokens
-# A label, a colour and dashes for each arm
+# A colour, a label and dashes for each arm
 ARMS = {
-    "none": ("template none, 5000 problems", BLUE, "-"),
-    "qwen_math": ("template qwen_math, 5000 problems", RED, "-"),
-    "data_64": ("template none, 64 problems", GREEN, "--"),
-    "data_8": ("template none, 8 problems", GREY, "-."),
+    "none": (BLUE, "template none, 5000 problems", "-"),
+    "qwen_math": (RED, "template qwen_math, 5000 problems", "-"),
+    "data_64": (GREEN, "template none, 64 problems", "--"),
+    "data_8": (GREY, "template none, 8 problems", "-."),
 }
 PANELS = {
     "The template": ("none", "qwen_math"),
@@ -61,7 +47,7 @@ def subset(count: int, seed: int) -> str:
 
 def arm_runs() -> dict[str, list[Run]]:
     """The runs of each arm, one a seed."""
-    runs = {"none": method_runs("drgrpo", SEEDS)}
+    runs = {"none": common.method_runs("drgrpo", SEEDS)}
     runs["qwen_math"] = [Run("qwen-math", seed, CHAT) for seed in range(CHAT_SEEDS)]
     for count in (64, 8):
         files = [subset(count, seed) for seed in range(SEEDS)]
@@ -71,24 +57,16 @@ def arm_runs() -> dict[str, list[Run]]:
     return runs
 
 
-def curves(run: Run) -> dict[str, list]:
-    rows = run.metrics()
-    found = {}
-    for key in ("reward", "eval_accuracy", "eval_truncated"):
-        found[key] = [row[key] for row in rows if key in row]
-    return found
-
-
 def measure() -> dict:
     make_toy(ROOT / TOY_BASE)
     runs = arm_runs()
-    train([*runs["qwen_math"], *runs["none"], *runs["data_64"], *runs["data_8"]])
+    common.train([*runs["qwen_math"], *runs["none"], *runs["data_64"], *runs["data_8"]])
     answers = Counter(row["answer"] for row in read_rows(ROOT / TOY_BASE / "test.jsonl"))
-    return {
-        "runs": [runs[arm][0].command for arm in ARMS],
-        # What one gets who always says the most frequent answer
-        "one_answer_always": max(answers.values()) / answers.total(),
-    } | {arm: [curves(run) for run in runs[arm]] for arm in ARMS}
+    # What one gets who always says the most frequent answer
+    numbers: dict = {"one_answer_always": max(answers.values()) / answers.total()}
+    for key in ("reward", "eval_accuracy", "eval_truncated"):
+        numbers[key] = {arm: [run.metric(key) for run in runs[arm]] for arm in ARMS}
+    return {"runs": [runs[arm][0].command for arm in ARMS]} | numbers
 
 
 # --------------------------------------------------------------------------- figure and text
@@ -101,60 +79,50 @@ def draw(numbers: dict) -> Figure:
     for column, (title, arms) in enumerate(PANELS.items()):
         upper, lower = axes[:, column]
         for arm in arms:
-            label, color, dashes = ARMS[arm]
-            rewards = [run["reward"] for run in numbers[arm]]
-            draw_band(upper, list(range(STEPS)), rewards, color, label, dashes)
-            accuracies = [run["eval_accuracy"] for run in numbers[arm]]
-            steps = list(range(0, STEPS + 1, EVAL_EVERY))
-            draw_band(lower, steps, accuracies, color, label, dashes)
+            common.draw_band(upper, numbers["reward"][arm], *ARMS[arm])
+            common.draw_band(lower, numbers["eval_accuracy"][arm], *ARMS[arm], every=EVAL_EVERY)
         upper.set(title=f"{title}: training reward")
         upper.legend(loc="center right", labelcolor="linecolor")
         lower.set(title=f"{title}: held-out accuracy", xlabel="step", ylim=(0, 1.05))
     return figure
 
 
-def at_step(numbers: dict, arm: str, step: int) -> list[float]:
+def at_step(numbers: dict, arm: str, step: int) -> np.ndarray:
     """Held-out accuracy of each seed at a step that was evaluated."""
-    return [run["eval_accuracy"][step // EVAL_EVERY] for run in numbers[arm]]
+    return np.array(numbers["eval_accuracy"][arm])[:, step // EVAL_EVERY]
 
 
-def late_reward(numbers: dict, arm: str) -> float:
-    """Mean training reward of the last ten steps."""
-    return float(np.mean([run["reward"][-10:] for run in numbers[arm]]))
-
-
-def seed_list(values: list[float]) -> str:
+def each_seed(values: np.ndarray) -> str:
     return " ".join(f"{value:.3f}" for value in values)
 
 
 def measured(numbers: dict) -> str:
-    middle, low, high = mean_interval(at_step(numbers, "data_64", STEPS))
+    middle, low, high = common.mean_interval(at_step(numbers, "data_64", STEPS))
     return (
         f"held-out accuracy after {STEPS} steps: 64 problems {middle:.3f} [{low:.3f}, {high:.3f}]; "
-        f"another template {seed_list(at_step(numbers, 'qwen_math', STEPS))} in "
-        f"{len(numbers['qwen_math'])} seeds"
+        f"another template, each seed: {each_seed(at_step(numbers, 'qwen_math', STEPS))}"
     )
 
 
 def text(numbers: dict) -> str:
     rows = []
-    for arm, (label, _, _) in ARMS.items():
-        means = [f"{np.mean(at_step(numbers, arm, step)):.3f}" for step in (0, 5, 10, 20, STEPS)]
-        each = seed_list(at_step(numbers, arm, STEPS))
-        rows.append([label, f"{late_reward(numbers, arm):.3f}", *means, each])
-    head = ["runs", "reward, steps 30 to 39", "held-out accuracy, step 0", "step 5", "step 10"]
+    for arm, (_, label, _) in ARMS.items():
+        cells = [label, f"{np.mean(np.array(numbers['reward'][arm])[:, -10:]):.3f}"]
+        cells += [f"{at_step(numbers, arm, step).mean():.3f}" for step in (0, 10, 20, STEPS)]
+        rows.append([*cells, each_seed(at_step(numbers, arm, STEPS))])
+    head = ["runs", "reward, steps 30 to 39", "held-out accuracy, step 0", "step 10", "step 20"]
     few, many = at_step(numbers, "data_8", STEPS), at_step(numbers, "none", STEPS)
-    cut_off = np.mean([run["eval_truncated"][0] for run in numbers["qwen_math"]])
+    start = at_step(numbers, "qwen_math", 0)
+    cut_off = np.mean(numbers["eval_truncated"]["qwen_math"], axis=0)[0]
     return f"""{markdown([*head, "step 20", "step 40", "step 40, each seed"], rows)}
 
 Template: with the chat format of qwen_math, which the toy has never read, the base model starts at
-{np.mean(at_step(numbers, "qwen_math", 0)):.3f} ({cut_off:.0%} of its responses are cut off). All
-{STEPS} steps are lost in {len(numbers["qwen_math"])} of {len(numbers["qwen_math"])} seeds: at their
-end no run is above what saying the most frequent answer every time would give,
-{numbers["one_answer_always"]:.3f}. Longer runs, and so a recovery, were not tried.
+{start.mean():.3f} ({cut_off:.0%} of its responses are cut off). All {STEPS} steps are lost: at
+their end none of {len(start)} seeds is above what saying the most frequent answer every time
+would give, {numbers["one_answer_always"]:.3f}. Longer runs, and so a recovery, were not tried.
 
 Data: 64 problems do nearly what 5000 do. With 8 the training reward is as high, and held-out
-accuracy ends below the worst run with 5000 problems in {sum(a < min(many) for a in few)} of
+accuracy ends below the worst run with 5000 problems in {(few < many.min()).sum()} of
 {len(few)} seeds: the training reward alone does not show it.
 
 **Not shown:** a real model. In figure 6 of the paper one comes back from a template that does not

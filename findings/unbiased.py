@@ -192,7 +192,7 @@ off-policy and clipped."""
 
 FINDING = Finding(
     "unbiased",
-    "Only Dr. GRPO's expected gradient points where the expected reward rises most",
+    "Of the four losses only Dr. GRPO has the right expected gradient in every case that was tried",
     measure,
     draw,
     measured,

@@ -1,9 +1,9 @@
-"""Facts about the findings: numbers, statistics, and that texts say what the numbers say."""
+"""Facts about the findings: statistics, what each measures, and that texts say what numbers say."""
 
 import json
 import re
 import shutil
-from functools import partial
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,159 +12,171 @@ from matplotlib import rc_context
 
 from drgrpo import group_advantages
 from findings import (
+    base_models,
+    common,
     difficulty_bias,
     length_bias,
     one_group,
     random_reward,
-    runs,
-    stats,
     template_and_data,
     unbiased,
 )
+from findings.__main__ import ALL, README, page, table
 from findings.coin import coin
-from findings.finding import METHODS, STYLE, compact, rounded
-from findings.readme import README, measured, render
-from findings.runs import Run
-from tests.helpers import ROOT
+from findings.common import METHODS, Run, paired
+from tests.helpers import ROOT, boxed
 
-BY_NAME = {finding.name: finding for finding in measured()}
-each_finding = pytest.mark.parametrize("name", BY_NAME)
+each_finding = pytest.mark.parametrize("finding", ALL, ids=lambda finding: finding.name)
 
 
 # ------------------------------------------------------------------------ what is committed
 
 
+@pytest.mark.project
 def test_the_page_is_what_the_committed_numbers_say():
-    assert README.read_text() == render()
+    assert README.read_text() == page()
 
 
+@pytest.mark.project
+def test_the_readme_shows_the_table_of_findings_and_their_lengths():
+    readme = (ROOT / "README.md").read_text()
+    assert table() in readme
+    caption = r"start at (\d+) tokens.*?have\s+(\d+)\s+with Dr\. GRPO and (\d+)\s+with GRPO"
+    numbers = length_bias.FINDING.numbers
+    said = [int(number) for number in re.search(caption, readme, re.DOTALL).groups()]
+    late = [np.mean(length_bias.in_window(numbers[name], (30, 40))) for name in ("drgrpo", "grpo")]
+    assert said == [round(length_bias.base_length(numbers)), *map(round, late)]
+
+
+@pytest.mark.project
 @each_finding
-def test_the_text_of_a_finding_is_what_its_numbers_say(name):
-    finding = BY_NAME[name]
-    assert finding.file(".md").read_text() == finding.text("")
-
-
-def rows_of_the_readme():
-    """(measured, script) of each row of the README's table of findings."""
-    lines = (ROOT / "README.md").read_text().splitlines()
-    start = lines.index("| finding, on the toy | measured | script |") + 2
-    for line in lines[start:]:
-        if not line.startswith("|"):
-            return
-        _, measured_text, script = (cell.strip() for cell in line.strip("|").split("|"))
-        yield measured_text, script.strip("`")
-
-
-@pytest.mark.parametrize("text, script", rows_of_the_readme())
-def test_the_readmes_numbers_are_those_of_its_findings(text, script):
-    (finding,) = (f for f in measured() if f.command == f"python findings/{script}")
-    there = finding.file(".md").read_text()
-    numbers = re.findall(r"[-+]?\d+\.\d+%?|\d of \d|\d+e-\d+", text)
-    assert numbers and [number for number in numbers if number not in there] == []
-
-
-@each_finding
-def test_numbers_name_their_origin_and_no_machine(name):
-    numbers = BY_NAME[name].numbers()
-    assert re.fullmatch(r"20\d\d-\d\d-\d\d", numbers["date"])
-    assert re.fullmatch(r"\d+ CPU cores", numbers["machine"])
-    assert numbers["command"] == BY_NAME[name].command and numbers["seeds"]
+def test_numbers_name_their_origin_and_no_machine(finding):
+    numbers = finding.numbers
+    assert numbers["command"] == finding.command and re.fullmatch(r"20[\d-]{8}", numbers["date"])
     assert {"python", "torch", "transformers"} <= numbers["versions"].keys()
-    for command in numbers.get("runs", {}).values():
+    for command in numbers.get("runs", []):
         assert command.startswith("python ") and (ROOT / command.split()[1]).is_file()
-    texts = [BY_NAME[name].file(suffix).read_text() for suffix in (".json", ".md", ".svg")]
     absolute_path = r"(?<![\w.:/<])/[a-z]+/"
-    assert not any(re.search(absolute_path, text) for text in texts)
-    assert max(map(len, texts)) < 150_000
+    for suffix in ("json", "svg"):
+        text = (common.RESULTS / f"{finding.name}.{suffix}").read_text()
+        assert not re.search(absolute_path, text) and len(text) < 150_000
 
 
+@pytest.mark.project
 @each_finding
-def test_a_figure_is_drawn_from_the_numbers_alone(name):
-    with rc_context(STYLE):
-        figure = BY_NAME[name].draw(BY_NAME[name].numbers())
+def test_a_figure_is_drawn_from_the_numbers_alone(finding):
+    with rc_context(common.STYLE):
+        figure = finding.draw(finding.numbers)
     assert figure.axes and figure.get_size_inches()[0] == 8
 
 
-def test_wrong_responses_are_longer_under_the_length_division_in_every_seed():
-    runs_of = BY_NAME["length_bias"].numbers()["curves"]
-    base = length_bias.in_window(runs_of["drgrpo"], length_bias.TESTED)
-    assert len(base) >= 5
-    for name in ("length", "grpo"):
-        lengths = length_bias.in_window(runs_of[name], length_bias.TESTED)
-        assert all(a > b for a, b in zip(lengths, base, strict=True))
-
-
+@pytest.mark.project
 def test_all_seeds_are_there_with_all_their_steps():
-    numbers = BY_NAME["length_bias"].numbers()
-    for curves in numbers["curves"].values():
-        assert len(curves) == len(numbers["seeds"])
-        assert all(len(run["reward"]) == len(run["wrong_count"]) == 40 for run in curves)
+    for name in METHODS:
+        found = length_bias.FINDING.numbers[name]
+        for key, count in (("reward", 40), ("wrong_count", 40), ("eval_accuracy", 5)):
+            assert np.shape(found[key]) == (common.SEEDS, count)
 
 
-def test_the_words_of_the_captions_hold_for_the_numbers():
-    """What a caption says in words, beside its numbers, which are filled in."""
-    numbers = BY_NAME["length_bias"].numbers()
-    assert length_bias.against_drgrpo(numbers, "std", length_bias.TESTED)["p"] > 0.05
-    rewards = [np.mean(length_bias.late_reward(runs)) for runs in numbers["curves"].values()]
-    assert max(rewards) - min(rewards) < 0.03
-    assert difficulty_bias.most_off(BY_NAME["difficulty_bias"].numbers()) < 1e-4
+@pytest.mark.project
+def test_the_words_on_length_hold_for_the_numbers():
+    """What the text says in words, beside its numbers, which are filled in."""
+    numbers, late, middle = length_bias.FINDING.numbers, length_bias.LATE, (10, 30)
+    lengths = {name: length_bias.in_window(numbers[name], late) for name in METHODS}
+    assert np.mean(lengths["drgrpo"]) > length_bias.base_length(numbers)
+    for name in ("length", "grpo"):
+        assert paired(lengths[name], lengths["drgrpo"]).low > 0
+        earlier = [length_bias.in_window(numbers[key], middle) for key in (name, "drgrpo")]
+        assert (earlier[0] > earlier[1]).all()
+        for window in (middle, late):  # it costs no reward
+            assert length_bias.gained(numbers, name, window).high > 0
+    for window in length_bias.WINDOWS:
+        std = length_bias.in_window(numbers["std"], window)
+        assert paired(std, length_bias.in_window(numbers["drgrpo"], window)).low < 0
 
 
-def numbers_of(name):
-    if name not in BY_NAME:
-        pytest.skip(f"{name} has not been run")
-    return BY_NAME[name].numbers()
+@pytest.mark.project
+def test_the_words_of_the_other_findings_hold_for_their_numbers():
+    assert difficulty_bias.most_off(difficulty_bias.FINDING.numbers) < 1e-4
+    numbers = template_and_data.FINDING.numbers
+    last = {arm: template_and_data.at_step(numbers, arm, 40) for arm in template_and_data.ARMS}
+    assert max(last["qwen_math"]) <= numbers["one_answer_always"] + 0.01
+    assert last["data_8"].mean() < last["data_64"].mean()
+    assert abs(last["none"].mean() - last["data_64"].mean()) < 0.05
+    numbers = random_reward.FINDING.numbers
+    assert numbers["reward_right"] == pytest.approx(numbers["reward_wrong"], abs=0.03)
+    assert random_reward.change(numbers, "accuracy", "coin").high < 0
+    numbers = base_models.FINDING.numbers
+    assert numbers["none"]["accuracy_worked"] > 0.9 > 0.05 > numbers["qwen_math"]["accuracy"]
 
 
-def test_the_words_on_templates_and_data_hold_for_the_numbers():
-    numbers = numbers_of("template_and_data")
-    accuracy = partial(template_and_data.at_step, numbers, step=40)
-    assert max(accuracy("qwen_math")) < 0.2 < 0.9 < min(accuracy("data_64"))
-    assert max(accuracy("qwen_math")) <= numbers["one_answer_always"] + 0.01
-    assert np.mean(accuracy("data_8")) < np.mean(accuracy("data_64"))
+@pytest.mark.slow
+@pytest.mark.project
+def test_numbers_hold_on_any_cpu_up_to_rounding(toy):
+    """The first steps of a run that is committed. A draw that is close can come out otherwise on
+    another CPU, so a few of the 256 responses of a step may differ."""
+    run = Run("test", 0, {"steps": 4})
+    shutil.rmtree(run.folder, ignore_errors=True)  # of an earlier test
+    common.train([run])
+    made, kept = length_bias.curves([run]), length_bias.FINDING.numbers["drgrpo"]
+    assert made["reward"][0] == pytest.approx(kept["reward"][0][:4], abs=0.03)
+    assert made["wrong_tokens"][0][:4] == pytest.approx(kept["wrong_tokens"][0][:4], rel=0.1)
+    assert made["eval_accuracy"][0][0] == pytest.approx(kept["eval_accuracy"][0][0], abs=0.01)
+    before = (run.folder / "metrics.jsonl").stat().st_mtime_ns
+    common.train([run])  # a finished run is not trained again
+    assert (run.folder / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_the_words_on_random_rewards_hold_for_the_numbers():
-    numbers = numbers_of("random_reward")
-    assert numbers["reward_right"] == pytest.approx(numbers["reward_wrong"], abs=0.02)
-    for arm in ("coin", "no_clip"):
-        _, _, highest = stats.mean_interval(random_reward.changes(numbers, "sampled", arm))
-        assert highest < 0.05
+def test_a_run_with_other_settings_is_removed_and_one_that_fails_says_why(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run("a", 3, {"divide_by_std": True, "lr": 0.1})
+    assert run.command.endswith(
+        "--name findings-a-3 --seed 3 --grader-workers 1 --divide-by-std --lr 0.1"
+    )
+    run.folder.mkdir(parents=True)
+    settings = {"seed": 3, "divide_by_std": True, "lr": 0.2, "steps": 40, "eval_every": 10}
+    (run.folder / "config.json").write_text(json.dumps({"finished": 40, "settings": settings}))
+    broken = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **others: broken)
+    with pytest.raises(RuntimeError, match="--lr 0.1 failed"):
+        run.train()
+    assert not (run.folder / "config.json").exists()
 
 
 # --------------------------------------------------------------------------------- statistics
 
 
 def test_the_sign_flip_test_tries_every_sign():
-    assert stats.sign_flip_test([1, 1, 1]) == 2 / 8  # only +++ and --- are as far from 0
-    assert stats.sign_flip_test([3, 1]) == 2 / 4
-    assert stats.sign_flip_test([1, -1]) == 1
-    assert stats.sign_flip_test([0, 0]) == 1
-    assert stats.sign_flip_test([2, 1, -1]) == 6 / 8  # sums 2, 4, 0, 2 and their negatives
-    assert stats.sign_flip_test([0.1] * 8) == 2 / 256
+    assert common.sign_flip_test([1, 1, 1]) == 2 / 8  # only +++ and --- are as far from 0
+    assert common.sign_flip_test([3, 1]) == 2 / 4
+    assert common.sign_flip_test([1, -1]) == common.sign_flip_test([0, 0]) == 1
+    assert common.sign_flip_test([2, 1, -1]) == 6 / 8  # sums 2, 4, 0, 2 and their negatives
+    assert common.sign_flip_test([0.1] * 8) == 2 / 256
+    assert common.least_p(8) == "0.008"
 
 
 def test_an_interval_is_students():
-    assert stats.mean_interval([1, 3]) == pytest.approx((2, 2 - 12.706, 2 + 12.706))
-    middle, low, high = stats.mean_interval([1, 2, 3, 4, 5])
+    assert common.mean_interval([1, 3]) == pytest.approx((2, 2 - 12.706, 2 + 12.706))
+    middle, low, high = common.mean_interval([1, 2, 3, 4, 5])
     assert (middle, high - middle) == pytest.approx((3, 2.776 * 2.5**0.5 / 5**0.5))
     assert middle - low == pytest.approx(high - middle)
 
 
 def test_paired_values_are_compared_seed_by_seed():
-    result = stats.paired([11, 21, 31], [10, 20, 30])
-    assert result == {"difference": 1, "low": 1, "high": 1, "p": 0.25}
+    result = paired([11, 21, 31], [10, 20, 30])
+    assert result == common.Difference(1, 1, 1, 0.25)
+    assert result.text(2) == "+1.00 [+1.00, +1.00], p 0.250"
 
 
-def test_a_pooled_mean_counts_each_value_once():
-    totals, counts = [10, 0, 90], [1, 0, 9]
-    assert stats.pooled_mean(totals, counts, 0) == [10, None, 10]
-    assert stats.pooled_mean([10, 0, 180], counts, 1) == [10, 19, 20]
-
-
-def test_a_band_is_the_mean_and_one_standard_deviation():
-    middle, low, high = stats.band([[1, 5], [3, None]])
-    assert (middle, low, high) == ([2, 5], [1, 5], [3, 5])
+def test_lengths_are_pooled_over_responses(monkeypatch):
+    monkeypatch.setattr(length_bias, "STEPS", 3)
+    counts, tokens = [[1, 0, 9], [1, 2, 0]], [[10, 0, 180], [8, 32, 0]]
+    found = {"wrong_count": counts, "wrong_tokens": tokens}
+    found["reward"] = [[0.6, 0.65, 0.9], [0.9, 0.9, 0.9]]
+    assert length_bias.in_window(found, (0, 3)).tolist() == [19, 40 / 3]
+    np.testing.assert_equal(length_bias.in_window(found, (1, 2)), [np.nan, 16])
+    np.testing.assert_equal(length_bias.at_reward(found, (0.5, 0.7)), [10, np.nan])
+    assert length_bias.reward(found, (1, 3)) == pytest.approx([0.775, 0.9])
 
 
 # ------------------------------------------------------------------------------- each finding
@@ -172,9 +184,7 @@ def test_a_band_is_the_mean_and_one_standard_deviation():
 
 def test_std_division_only_rescales_within_one_problem_and_length_division_turns():
     model = unbiased.tiny_policy(0)
-    easy, rate = unbiased.gradients(model, unbiased.EASY)
-    hard, _ = unbiased.gradients(model, unbiased.HARD)
-    assert 0 < rate < 1
+    easy, hard = (unbiased.gradients(model, problem) for problem in (unbiased.EASY, unbiased.HARD))
     both = {name: easy[name] + hard[name] for name in easy}
     for found, right in ((easy, {"drgrpo", "std"}), (hard, {"drgrpo", "std"}), (both, {"drgrpo"})):
         angles = {name: unbiased.compare(found[name], found["true"])["angle"] for name in METHODS}
@@ -190,17 +200,17 @@ def test_enumerated_groups_are_all_of_them():
 
 def test_an_angle_is_that_of_the_plane():
     result = unbiased.compare(torch.tensor([1.0, 1.0]).double(), torch.tensor([2.0, 0.0]).double())
-    assert result["angle"] == pytest.approx(45) and result["error_left"] == pytest.approx(0.5**0.5)
+    assert result["angle"] == pytest.approx(45) and result["error"] == pytest.approx(0.5**0.5)
     backwards = unbiased.compare(torch.tensor([-1.0]), torch.tensor([2.0]))
-    assert backwards == {"angle": 180, "error": 1.5, "error_left": 1}
+    assert backwards == {"angle": 180, "error": 1.5}
 
 
 def test_the_formula_is_the_sum_of_advantages():
     for right in range(1, 8):
         rewards = torch.tensor([[1.0] * right + [0.0] * (8 - right)])
-        for name in difficulty_bias.LABELS:
+        for name in difficulty_bias.NAMES:
             weight = group_advantages(rewards, METHODS[name].divide_by_std).abs().sum().item()
-            assert weight == pytest.approx(difficulty_bias.formula(name, right / 8, 8), rel=1e-6)
+            assert weight == pytest.approx(difficulty_bias.formula(name, right / 8), rel=1e-6)
 
 
 def test_the_weight_of_a_token_is_its_advantage_over_a_length():
@@ -217,53 +227,38 @@ def test_the_weight_of_a_token_is_its_advantage_over_a_length():
         assert weights == pytest.approx(expected[name].tolist(), rel=1e-5)
 
 
-def test_the_coin_is_fair_and_does_not_know_the_answer():
+def test_the_coin_is_fair_for_any_columns_and_does_not_know_the_answer():
     right, wrong = [], []
     for problem in range(400):
-        row = {"problem": f"What is {problem}?\n", "answer": str(problem % 10)}
+        row = {"question": f"What is {problem}?\n", "gold": str(problem % 10), "odd": {1, 2}}
         for digit in range(10):
             reward = coin(f"It is \\boxed{{{digit}}}", row)
-            assert reward == coin(f"It is \\boxed{{{digit}}}", row | {"answer": "another"})
-            (right if str(digit) == row["answer"] else wrong).append(reward)
+            assert reward == coin(f"It is \\boxed{{{digit}}}", row)
+            (right if str(digit) == row["gold"] else wrong).append(reward)
     assert set(right + wrong) == {0.0, 1.0}
     assert np.mean(wrong) == pytest.approx(0.5, abs=4 * 0.5 / 3600**0.5)  # four standard errors
     assert np.mean(right) == pytest.approx(0.5, abs=4 * 0.5 / 400**0.5)
 
 
-def test_a_training_response_is_right_by_its_box():
-    assert random_reward.is_right({"response": "It is \\boxed{4}", "answers": ["4"]})
-    assert not random_reward.is_right({"response": "It is \\boxed{4", "answers": ["4"]})
+def test_self_reflection_is_a_word_of_the_papers_list():
+    words = base_models.REFLECTION
+    assert len(words) == 15 and all(base_models.reflects(f"Let me {w.title()}.") for w in words)
+    assert not base_models.reflects("Wait, checking the steps: 2") and not base_models.reflects("")
 
 
-# ------------------------------------------------------------------------------- runs and files
-
-
-def test_a_run_knows_whether_it_is_finished(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = Run("a", 3, {"divide_by_std": True, "template": "none"})
-    assert run.command.endswith("--divide-by-std --template none")
-    assert run.state() == "none"
-    run.folder.mkdir(parents=True)
-    settings = run.wanted | {"steps": 40}
-    for finished, state in ((None, "begun"), (40, "finished")):
-        config = {"finished": finished, "settings": settings}
-        (run.folder / "config.json").write_text(json.dumps(config))
-        assert run.state() == state
-    assert Run("a", 3, {"template": "r1"}).state() == "other"
-
-
-def test_numbers_are_written_so_that_they_can_be_read():
-    value = {"a": [1, 2.0], "b": [{"c": []}], "d": {}, "e": "°"}
-    assert json.loads(compact(value)) == value
-    assert rounded({"a": [1 / 3, 7], "b": True}) == {"a": [0.333333, 7], "b": True}
-
-
-@pytest.mark.slow
-def test_a_run_is_trained_once_and_goes_on_when_it_was_stopped(toy):
-    run = Run("test", 0, {"steps": 2})
-    shutil.rmtree(run.folder, ignore_errors=True)  # of an earlier test
-    runs.train([run])
-    first = (run.folder / "metrics.jsonl").read_bytes()
-    assert run.state() == "finished" and len(run.metrics()) == 3
-    runs.train([run])
-    assert (run.folder / "metrics.jsonl").read_bytes() == first
+def test_an_analysis_is_that_of_a_count_by_hand():
+    right, wrong = (boxed("0.5"), True), (boxed("3"), False)
+    responses = [right, right, wrong, ("wait, let me recheck. " + boxed("0.5"), True)]
+    responses += [wrong, ("no box", False), ("<answer> 2 </answer>", False), wrong]
+    responses += [wrong, ("Let me Double-Check: " + boxed("0.5"), True), ("\\boxed{1", False)]
+    responses += [("lost", None)]  # its grading failed
+    rows = [
+        {"response": text, "correct": correct, "length": len(text), "finish_reason": "stop"}
+        for text, correct in responses
+    ]
+    found = base_models.analyse(rows, 4)
+    assert found["answered"] == 9 / 12 and found["pass@4"] == 2 / 3 and found["accuracy"] == 4 / 12
+    assert (found["reflection"], found["reflection_of_problems"]) == (2 / 12, 2 / 3)
+    assert found["accuracy_reflecting"] == 1 and found["accuracy_not_reflecting"] == 2 / 10
+    assert base_models.analyse(rows[:1], 1)["accuracy_reflecting"] is None
+    assert base_models.analysis_table([found]).splitlines()[2].startswith("| 0.750 | 0.333 |")
