@@ -96,10 +96,12 @@ def packed_attention(
     query (1, H, S, d), key and value (1, H_kv, S, d) -> (1, S, H, d). lengths: (B,) on the CPU;
     ends: (B+1,) from 0 to S, where rows end. What else a model asks for in `others` is not done:
     check_model sees whether it matters. Raises ValueError if a row is longer than the model's
-    sliding window.
+    sliding window, or if its scores are capped.
     """
     if lengths is None:
         raise ValueError("the model does not pass `lengths` and `ends` on to its attention")
+    if others.get("softcap") is not None:  # a trial sees it only where scores are large
+        raise ValueError("the model caps its attention scores, and packed_attention does not")
     longest = int(lengths.max())
     if sliding_window is not None and sliding_window < longest:
         raise ValueError(
