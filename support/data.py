@@ -132,9 +132,9 @@ def load_rows(source: str, subset: str | None, split: str):
 
 def refuse_broken_line(file: Path) -> None:
     """Raises ValueError that names the first line of a .jsonl file that is not JSON."""
-    for number, line in enumerate(file.read_text().splitlines(), start=1):
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
-            json.loads(line)
+            json.loads(line or b"0")  # an empty line does no harm
         except ValueError as error:
             raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
 
@@ -197,8 +197,10 @@ def load_problems(
 
 def golds_of(cell: Any, marker: str | None, place: str) -> list[str]:
     """The golds of a row. Raises ValueError that names the column if it holds something else."""
-    if cell is None:
+    if cell is None or cell != cell:  # NaN is no answer, either
         return []
+    if isinstance(cell, float) and abs(cell) >= 2**53:
+        raise ValueError(f"{place}: {cell} may be rounded. Store such large numbers as text")
     if marker and isinstance(cell, str):
         cell = cell.rpartition(marker)[2]
     try:
@@ -240,7 +242,11 @@ def load_data(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict
     problems, dropped = load(config.dataset, split=config.split, levels=config.levels)
     held_out: list[Problem] = []
     if config.eval_dataset:
-        held_out, lost = load(config.eval_dataset, split=config.eval_split)
+        try:
+            held_out, lost = load(config.eval_dataset, split=config.eval_split)
+        except ValueError as error:
+            hint = "It is read as --dataset is; --eval-dataset None leaves it out"
+            raise ValueError(f"--eval-dataset: {error}. {hint}") from error
         dropped |= {f"eval_{reason}": count for reason, count in lost.items()}
     return tokenizer, problems, held_out, dropped
 

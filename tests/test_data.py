@@ -1,7 +1,13 @@
-"""Facts about problems, their order, and what is refused before a model loads."""
+"""Prompts and problems: templates, what is read of a dataset, and in which order it is used.
+
+What cannot be used is refused before a model loads, with what to do.
+"""
 
 import importlib.util
 import itertools
+import re
+import string
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +15,11 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 import support.run
-from drgrpo import PRESETS, Config
+from drgrpo import PRESETS
 from support.data import (
-    check_tracker,
     derive_seed,
     load_data,
     load_problems,
@@ -22,85 +27,132 @@ from support.data import (
     prompt_ids,
     step_problems,
 )
+from support.records import check_tracker, warn_of
 from support.run import prepare
-from templates import TEMPLATES
+from templates import TEMPLATES, last_boxed
 from tests.helpers import TOY, tiny_model, write_jsonl
 
-# ------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------ templates
+
+QWEN = (
+    "<|im_start|>system\n"
+    "Please reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+    "<|im_start|>user\n"
+    "What is {1} + $2$?\\n<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+R1 = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves"
+    " it. The Assistant first thinks about the reasoning process in the mind and then provides the"
+    " User with the answer. The reasoning process is enclosed within <think> </think> and answer is"
+    " enclosed within <answer> </answer> tags, respectively, i.e., <think> reasoning process here"
+    " </think> <answer> answer here </answer>.\n"
+    "User: What is {1} + $2$?\\n\n"
+    "Assistant: <think>"
+)
 
 
-@pytest.fixture
-def no_model(monkeypatch):
-    """Fail where a model is built, even a small copy."""
-
-    def build(*arguments):
-        raise AssertionError("a model was built")
-
-    monkeypatch.setattr(support.run, "check_model", build)
-
-
-@pytest.mark.parametrize("settings, message", [
-    ({"model": "runs/no/such/model"}, "no model at"),
-    ({"max_response_tokens": 10_000}, "lower --max-prompt-tokens"),
-    ({"dataset": "nowhere.jsonl"}, "no file nowhere.jsonl"),
-    ({"dataset": "nowhere.arrow"}, "no file nowhere.arrow"),
-    ({"problem_column": "question"}, "has problem, answer"),
-    ({"levels": (3,)}, "no column level"),
-    ({"max_prompt_tokens": 1}, "no usable problem"),
-    ({"template": "chat"}, "has none: give qwen_math, r1, none"),
-    ({"reward": "nowhere.py:f"}, "--reward 'nowhere.py:f'"),
+@pytest.mark.parametrize("name, prompt, stop", [
+    ("qwen_math", QWEN, ()),
+    ("r1", R1, ("</answer>",)),
+    ("none", "What is {1} + $2$?\\n", ()),
 ])  # fmt: skip
-def test_wrong_inputs_are_found_before_a_model_loads(toy, no_model, settings, message):
-    with pytest.raises(ValueError, match=message):
-        prepare(replace(TOY, name="none", **settings))
+def test_prompts_are_those_of_the_paper_to_the_byte(name, prompt, stop):
+    template = TEMPLATES[name]
+    assert template.render("What is {1} + $2$?\\n", None) == prompt
+    assert (template.name, template.stop) == (name, stop)
 
 
-@pytest.mark.parametrize("does", ["raise", "nothing"])
-def test_a_reward_that_fails_on_the_first_row_is_found_before_a_model_loads(
-    toy, no_model, rewards, tmp_path, does
-):
-    data = write_jsonl(tmp_path / "data.jsonl", [{"problem": does}])
-    reward = f"{rewards}:on_the_first_row"
-    config = replace(TOY, name="none", dataset=data, eval_dataset=None, reward=reward)
-    with pytest.raises(ValueError, match="failed on an empty response to the first row"):
-        prepare(config)
+@pytest.mark.parametrize("text, answer", [
+    ("\\boxed{70}", "70"),
+    ("\\boxed{70} then \\boxed{\\frac{1}{2}} end}", "\\frac{1}{2}"),
+    ("\\boxed{\\boxed{2}}", "2"),
+    ("\\boxed{}", ""),
+    ("\\boxed{70} then \\boxed{7", None),
+    ("\\boxed{70} then \\boxed 7", None),
+    ("\\boxed {70}", None),
+    ("\\fbox{70}", None),
+    ("boxed{70}", None),
+    ("the answer is 70", None),
+    ("", None),
+    ("\\boxed{" + "{" * 1_000_000, None),  # in a time that grows with the length
+])  # fmt: skip
+def test_only_the_last_box_is_the_answer(text, answer):
+    assert last_boxed(text) == answer
+    assert {TEMPLATES[name].extract(text) for name in ("qwen_math", "none", "chat")} == {answer}
 
 
-def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch):
-    there = {"tensorboard"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
-    check_tracker("no")
-    check_tracker("tensorboard")
-    with pytest.raises(ValueError, match="--track wandb needs `pip install wandb`"):
-        check_tracker("wandb")
-    there.clear()
-    with pytest.raises(ValueError, match="--track tensorboard needs `pip install tensorboard`"):
-        check_tracker("tensorboard")
+@pytest.mark.parametrize("text, answer", [
+    (" so </think> <answer> 70 </answer>", "70"),
+    (" so </think> <answer> \\boxed{70} </answer>", "70"),
+    (" \\boxed{1} </think> <answer> 70 </answer>", "70"),
+    (" so </think> <answer> 71 </answer> <answer> 70 </answer>", "70"),
+    (" so </think> <answer> \\boxed{70 </answer>", None),
+    (" so </think> <answer> 70", None),
+    (" so </think>\n<answer> 70 </answer>", None),
+    (" so </think><answer> 70 </answer>", None),
+    (" \\boxed{70}", None),
+])  # fmt: skip
+def test_an_r1_answer_stands_in_its_tags(text, answer):
+    assert TEMPLATES["r1"].extract(text) == answer
 
 
-def test_a_run_is_never_overwritten(toy, no_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(Config, "folder", property(lambda self: tmp_path))
-    (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match="holds a run without config.json"):
-        prepare(TOY)
+# ------------------------------------------------------------------------------ special tokens
 
 
-def test_a_model_with_dropout_is_refused(toy, tmp_path):
-    tiny_model(attention_dropout=0.1).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(toy / "model").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="set attention_dropout to 0"):
-        load_tokenizer(str(tmp_path), 100, training=True)
-    load_tokenizer(str(tmp_path), 100)  # it can be evaluated
+def new_tokenizer(kind, folder, *special, chat_template=None):
+    """One that writes BOS before every text."""
+    tokens = [*special, "▁", "\n", *string.printable[:94]]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    kind(vocab=vocab, add_bos_token=True, chat_template=chat_template).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+LLAMA = (LlamaTokenizer, "<unk>", "<s>", "</s>")
+GEMMA = (GemmaTokenizer, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+CHAT = "{{ bos_token }}user:\n{{ messages[0]['content'] }}\nmodel:\n"
+
+
+@pytest.mark.parametrize("chat", [CHAT, CHAT.replace("{{ bos_token }}", "")])
+@pytest.mark.parametrize("kind, special", [(LLAMA[0], LLAMA[1:]), (GEMMA[0], GEMMA[1:])])
+@pytest.mark.parametrize("name", ["none", "chat", "r1"])
+def test_a_prompt_has_one_bos_whoever_writes_it(tmp_path, kind, special, name, chat):
+    tokenizer = new_tokenizer(kind, tmp_path, *special, chat_template=chat)
+    ids = prompt_ids(tokenizer, TEMPLATES[name].render("1 + 2 =", tokenizer))
+    assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id  # it would write a second one
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_chat_prompt_has_the_ids_that_the_tokenizers_own_chat_gives(tmp_path):
+    tokenizer = new_tokenizer(*GEMMA[:1], tmp_path, *GEMMA[1:], chat_template=CHAT)
+    request = "1 + 2 =\nPlease reason step by step, and put your final answer within \\boxed{}."
+    own = tokenizer.apply_chat_template(
+        [{"role": "user", "content": request}], add_generation_prompt=True, return_dict=True
+    )
+    rendered = TEMPLATES["chat"].render("1 + 2 =", tokenizer)
+    assert prompt_ids(tokenizer, rendered) == own["input_ids"]
+
+
+def test_a_tokenizer_that_ends_any_text_in_eos_does_not_end_the_prompt(tokenizer):
+    plain = prompt_ids(tokenizer, "1+1")
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, eos_id)]
+    )
+    assert tokenizer("1+1")["input_ids"] == [*plain, eos_id]
+    assert prompt_ids(tokenizer, "1+1") == plain
+    written = prompt_ids(tokenizer, "1+1" + eos)
+    assert written[: len(plain) + 1] == [*plain, eos_id], "the template's own stays"
 
 
 # ------------------------------------------------------------------------------ problems
 
 
-def test_rows_dropped_from_the_held_out_problems_are_counted_too(toy, tmp_path):
-    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "2+2", "answer": " "}]
-    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
-    _, _, problems, dropped = load_data(replace(TOY, name="none", eval_dataset=held_out))
-    assert len(problems) == 1 and (dropped["eval_no_answer"], dropped["no_answer"]) == (1, 0)
+@pytest.fixture
+def tokenizer(toy):
+    """The toy's, made anew: a test may change it."""
+    return load_tokenizer(str(toy / "model"), 100)
 
 
 def saved(data, kind, folder):
@@ -122,77 +174,91 @@ def saved(data, kind, folder):
     return file
 
 
-@pytest.mark.parametrize(
-    "kind", ["jsonl", "json", "parquet", "arrow", "folder", "folder of splits"]
-)
-def test_problems_are_read_filtered_and_counted(toy, tmp_path, kind):
+KINDS = ["jsonl", "json", "parquet", "arrow", "folder", "folder of splits"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_problems_are_read_filtered_and_counted(tokenizer, tmp_path, kind):
     rows = {
-        "question": ["What is 1+1?\n", "2+2 " * 90, "3+3", "4+4", "5+5"],
-        "answer": ["2", "4", " ", "8", "long story #### 1,010"],
-        "level": [3, 3, 3, 1, 5],
+        "question": ["What is 1+1?\n", "2+2 " * 90, "3+3", "4+4", "5+5", "6+6"],
+        "answer": ["2", "4", " ", "8", "long story #### 1,010", "12"],
+        "level": ["Level 3", "3", "3", "Level 1", "5", "Level ?"],
     }
     file = saved(Dataset.from_dict(rows), kind, tmp_path)
-    tokenizer = load_tokenizer(str(toy / "model"), 100)
-    problems, dropped = load_problems(
-        file,
-        tokenizer,
-        TEMPLATES["none"],
-        64,
-        levels=(3, 5),
-        problem_column="question",
-        answer_marker="####",
-    )
-    assert [(p.prompt, p.answers) for p in problems] == [
-        ("What is 1+1?\n", ["2"]),
-        ("5+5", ["1,010"]),
-    ]
-    assert dropped == {"level": 1, "no_answer": 1, "too_long": 1}
-    assert problems[0].prompt_ids == tokenizer("What is 1+1?\n")["input_ids"]
-    assert problems[1].row == {"question": "5+5", "answer": rows["answer"][4], "level": 5}
+    settings = dict(levels=(3, 5), problem_column="question", answer_marker="####")
+    problems, dropped = load_problems(file, tokenizer, TEMPLATES["none"], 64, **settings)
+    found = [(p.prompt, p.text, p.answers) for p in problems]
+    first = "What is 1+1?\n"
+    assert found == [(first, first, ["2"]), ("5+5", "5+5", ["1,010"])]
+    assert dropped == {"level": 2, "no_answer": 1, "too_long": 1}
+    assert problems[0].prompt_ids == tokenizer(first)["input_ids"]
+    assert problems[1].row == {"question": "5+5", "answer": rows["answer"][4], "level": "5"}
 
 
-def test_a_split_that_a_folder_does_not_have_is_named_with_those_it_has(toy, tmp_path):
+def test_levels_may_be_numbers(tokenizer, tmp_path):
+    rows = [{"problem": "1", "answer": str(i), "level": level} for i, level in enumerate((5, 4, 5))]
+    file = write_jsonl(tmp_path / "data.jsonl", rows)
+    problems, dropped = load_problems(file, tokenizer, TEMPLATES["none"], 64, levels=(5,))
+    assert [p.answers for p in problems] == [["0"], ["2"]] and dropped["level"] == 1
+
+
+def test_a_split_that_a_folder_does_not_have_is_named_with_those_it_has(tokenizer, tmp_path):
     data = Dataset.from_dict({"problem": ["1+1"], "answer": ["2"]})
     folder = saved(data, "folder of splits", tmp_path)
-    tokenizer = load_tokenizer(str(toy / "model"), 100)
     with pytest.raises(ValueError, match="no split 'test'; it has 'other', 'train'"):
         load_problems(folder, tokenizer, TEMPLATES["none"], 64, split="test")
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot read .*broken.json"):
-        load_problems(str(tmp_path / "broken.json"), tokenizer, TEMPLATES["none"], 64)
 
 
-@pytest.mark.parametrize(
-    "marker, answers",
-    [
-        (None, [["a #### b #### 3"], ["4"], ["#### 5", "6"]]),
-        ("####", [["3"], ["4"], ["#### 5", "6"]]),
-        ("a ", [["#### b #### 3"], ["4"], ["#### 5", "6"]]),
-    ],
-)
-def test_an_answer_is_cut_at_a_marker_only_where_one_is_set(toy, tmp_path, marker, answers):
+LARGE = '{"problem": "1", "answer": 123456789012345678901234567890}\n'
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("d.jsonl", "", "d.jsonl is empty"),
+    ("d.jsonl", '{"problem": "1", "answer": "2"}\n\n{"problem": oops}\n', "line 3 is not JSON"),
+    ("d.json", "{", "cannot read .*d.json"),
+    ("d.jsonl", '{"question": "1"}', "no column problem, answer; it has question.* --problem-col"),
+    ("d.jsonl", '{"problem": 1, "answer": "1"}', "column problem must hold text, not 1"),
+    ("d.jsonl", '{"problem": "1", "answer": {"a": 1}}', "answer: a gold must be"),
+    ("d.jsonl", LARGE, r"answer: 1\.2\d*e\+29 may be rounded. Store such large numbers as text"),
+    ("d.jsonl", '{"problem": "1", "answer": NaN}', "no usable problem; .*'no_answer': 1"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_used_is_refused_with_the_cause(
+    tokenizer, tmp_path, name, content, message
+):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_problems(str(tmp_path / name), tokenizer, TEMPLATES["none"], 64)
+
+
+def test_an_answer_is_cut_at_a_marker_only_where_one_is_set(tokenizer, tmp_path):
     golds = ["a #### b #### 3", 4, ["#### 5", "6"]]
-    files = [
-        write_jsonl(tmp_path / f"{i}.jsonl", [{"problem": "?", "answer": gold}])
-        for i, gold in enumerate(golds)
-    ]
-    tokenizer = load_tokenizer(str(toy / "model"), 100)
-    found = [
-        load_problems(file, tokenizer, TEMPLATES["none"], 64, answer_marker=marker)[0][0].answers
-        for file in files
-    ]
-    assert found == answers
 
+    def found(marker):
+        answers = []
+        for gold in golds:
+            file = write_jsonl(tmp_path / "data.jsonl", [{"problem": "?", "answer": gold}])
+            args = (file, tokenizer, TEMPLATES["none"], 64)
+            answers.append(load_problems(*args, answer_marker=marker)[0][0].answers)
+        return answers
 
-def test_only_the_gsm8k_preset_has_a_marker():
+    assert found(None) == [["a #### b #### 3"], ["4"], ["#### 5", "6"]]
+    assert found("####") == [["3"], ["4"], ["#### 5", "6"]]
+    assert found("a ") == [["#### b #### 3"], ["4"], ["#### 5", "6"]]
     markers = {name: config.answer_marker for name, (_, config) in PRESETS.items()}
     assert markers.pop("gsm8k-0.5b") == "####" and set(markers.values()) == {None}
+
+
+def test_rows_dropped_from_the_held_out_problems_are_counted_too(toy, tmp_path):
+    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "2+2", "answer": " "}]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    _, _, problems, dropped = load_data(replace(TOY, eval_dataset=held_out))
+    assert len(problems) == 1 and (dropped["eval_no_answer"], dropped["no_answer"]) == (1, 0)
 
 
 def test_a_reward_of_ones_own_needs_no_answer_and_gets_every_column(toy, tmp_path):
     rows = [{"problem": f"1+{i}", "tests": ["a", "b"], "limit": i} for i in range(3)]
     file = write_jsonl(tmp_path / "data.jsonl", rows)
-    config = replace(TOY, name="none", dataset=file, eval_dataset=None)
+    config = replace(TOY, dataset=file, eval_dataset=None)
     with pytest.raises(ValueError, match="no column answer; it has problem, tests, limit"):
         load_data(config)
     _, problems, _, dropped = load_data(replace(config, reward="FILE.py:f"))
@@ -203,47 +269,99 @@ def test_a_reward_of_ones_own_needs_no_answer_and_gets_every_column(toy, tmp_pat
     assert problem.answers == [] and problem.row["answer"] == {"any": "thing"}
 
 
-def test_the_chat_template_of_a_tokenizer_can_be_trained_with(toy, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+def test_the_chat_template_of_a_tokenizer_can_be_trained_with(tokenizer, tmp_path):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     tiny_model(len(tokenizer)).save_pretrained(tmp_path)
     data = write_jsonl(tmp_path / "data.jsonl", [{"problem": "1+1", "answer": "2"}])
-    config = replace(
-        TOY,
-        name="none",
-        model=str(tmp_path),
-        template="chat",
-        dataset=data,
-        eval_dataset=data,
-        max_prompt_tokens=200,
-    )
-    _, (problem,), (held_out,), _ = prepare(config)
+    config = replace(TOY, model=str(tmp_path), template="chat", dataset=data, eval_dataset=data)
+    _, (problem,), (held_out,), _ = load_data(replace(config, max_prompt_tokens=200))
     assert problem.prompt.startswith("<1+1\nPlease reason") and problem.prompt == held_out.prompt
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"problem": None, "answer": "1"}, "column problem must hold text"),
-    ({"problem": "1+1", "answer": {"a": 1}}, "column answer: a gold must be"),
+# ------------------------------------------------------------- refused before a model loads
+
+
+@pytest.fixture
+def no_model(toy, monkeypatch, tmp_path):
+    """Fail where a model is built, even a tiny one. What the run makes is in tmp_path."""
+
+    def build(*given):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(support.run, "check_model", build)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy-base").symlink_to(toy)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"model": "runs/no/such/model"}, "no model at.*`python toy.py` makes the toy's"),
+    ({"model": "pickled"}, r"pickled has no \*.safetensors file: .* save_pretrained"),
+    ({"max_response_tokens": 10_000}, "lower --max-prompt-tokens"),
+    ({"dataset": "nowhere.jsonl"}, "no file nowhere.jsonl: .*`python toy.py` makes the toy's"),
+    ({"dataset": "nowhere.arrow"}, "no file nowhere.arrow"),
+    ({"problem_column": "question"}, "has problem, answer"),
+    ({"levels": (3,)}, "no column level"),
+    ({"max_prompt_tokens": 1}, "no usable problem"),
+    ({"template": "chat"}, "has none: choose another --template"),
+    ({"reward": "nowhere.py:f"}, "--reward 'nowhere.py:f'"),
+    # data of one's own, while the preset's held-out problems are left
+    ({"dataset": "own.jsonl", "problem_column": "q"}, "--eval-dataset: .*column q.*-dataset None"),
 ])  # fmt: skip
-def test_rows_of_the_wrong_kind_are_named(toy, tmp_path, row, message):
-    file = write_jsonl(tmp_path / "data.jsonl", [row | {"problem": "1"}, row])
-    tokenizer = load_tokenizer(str(toy / "model"), 100)
+def test_wrong_inputs_are_found_before_a_model_loads(
+    no_model, tokenizer, tmp_path, settings, message
+):
+    write_jsonl(tmp_path / "own.jsonl", [{"q": "1+1", "answer": "2"}])
+    tiny_model(len(tokenizer)).config.save_pretrained("pickled")
+    tokenizer.save_pretrained("pickled")
+    (tmp_path / "pickled" / "pytorch_model.bin").touch()
     with pytest.raises(ValueError, match=message):
-        load_problems(file, tokenizer, TEMPLATES["none"], 64)
+        prepare(replace(TOY, **settings))
 
 
-def test_a_template_that_writes_bos_gets_one_bos(toy, tmp_path):
-    tokenizer = load_tokenizer(str(toy / "model"), 100)
-    bos = tokenizer.eos_token
-    tokenizer.bos_token = bos
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.eos_token_id)]
-    )
-    file = write_jsonl(tmp_path / "data.jsonl", [{"problem": "1+1", "answer": "2"}])
-    for template in (TEMPLATES["none"], replace(TEMPLATES["none"], render=lambda p: bos + p)):
-        (problem,), _ = load_problems(file, tokenizer, template, 64)
-        assert problem.prompt_ids.count(tokenizer.eos_token_id) == 1
+@pytest.mark.parametrize("part", ["dataset", "eval_dataset"])
+@pytest.mark.parametrize("does", ["raise", "nothing"])
+def test_a_reward_that_fails_on_a_first_row_is_found_before_a_model_loads(
+    no_model, rewards, tmp_path, does, part
+):
+    files = {}
+    for key in ("dataset", "eval_dataset"):
+        problem = does if key == part else "fine"
+        files[key] = write_jsonl(tmp_path / f"{key}.jsonl", [{"problem": problem}])
+    config = replace(TOY, reward=f"{rewards}:on_the_first_row", **files)
+    with pytest.raises(ValueError, match=f"failed on an empty response to the row .*{does}"):
+        prepare(config)
+
+
+def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch):
+    there = {"tensorboard"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
+    check_tracker("no")
+    check_tracker("tensorboard")
+    with pytest.raises(ValueError, match="--track wandb needs `pip install wandb`"):
+        check_tracker("wandb")
+
+
+HEALTHY = {"timeouts": 0, "errors": 0, "groups_without_signal": 0.9, "truncated": 0.5}
+
+
+@pytest.mark.parametrize("change, reward, message", [
+    ({}, 0.0, ""),
+    ({"truncated": 0.51}, 0.0, "truncated; EOS or '</answer>' ends a response. .*--max-response"),
+    ({"timeouts": 1}, 0.0, "gradings or more failed"),
+    ({"errors": 1}, 0.0, "gradings or more failed"),
+    ({"groups_without_signal": 1.0}, 0.0, "nothing was learned"),
+    ({}, -0.1, "lower --truncated-reward"),
+])  # fmt: skip
+def test_what_looks_wrong_in_a_step_is_a_warning(change, reward, message):
+    samples = [{"reward": None}] * 99 + [{"reward": reward}]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warn_of(HEALTHY | change, samples, ("</answer>",), 0.0)
+        warn_of({"eval_truncated": 1.0}, [], ("</answer>",), 0.0)  # only an evaluation
+    found = [str(warning.message) for warning in seen]
+    assert len(found) == (1 if message else 0) and re.search(message, "".join(found))
 
 
 # ------------------------------------------------------------------------------ order and seeds
@@ -262,24 +380,12 @@ def test_every_problem_comes_once_an_epoch_in_an_order_of_the_seed():
 
 
 def test_no_two_purposes_steps_or_places_share_a_seed():
-    purposes = ("order", "updates", "sample", "engine", "evaluate")
+    purposes = ("order", "updates", "sample", "evaluate")
     numbers = [(), *((i,) for i in range(12)), *itertools.product(range(12), repeat=2)]
     numbers += itertools.product(range(12), repeat=3)
     keys = [(purpose, *some) for purpose in purposes for some in numbers] + numbers[1:]
-    assert len({derive_seed(*key) for key in keys}) == len(keys)
+    seeds = {derive_seed(*key) for key in keys}
+    assert len(seeds) == len(keys)
     assert derive_seed(0, 7) != derive_seed(0, 7, 0), "numpy takes these two for the same"
     assert derive_seed("sample", 0, 1, 2) == derive_seed("sample", 0, 1, 2)
-    assert all(0 <= derive_seed(*key) < 2**62 for key in keys), "vLLM takes no larger ones"
-
-
-def test_a_tokenizer_that_ends_any_text_in_eos_does_not_end_the_prompt(toy):
-    tokenizer = load_tokenizer(str(toy / "model"), 100)
-    plain = prompt_ids(tokenizer, "1+1")
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {tokenizer.eos_token}",
-        special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)],
-    )
-    assert tokenizer("1+1")["input_ids"] == [*plain, tokenizer.eos_token_id]
-    assert prompt_ids(tokenizer, "1+1") == plain
-    written = prompt_ids(tokenizer, "1+1" + tokenizer.eos_token)
-    assert written[: len(plain) + 1] == [*plain, tokenizer.eos_token_id], "the template's own stays"
+    assert all(0 <= seed < 2**62 for seed in seeds), "vLLM takes no larger ones"
