@@ -14,9 +14,7 @@ DRIVER := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>
 .PHONY: toy test test-all check findings chaos fuzz
 toy: .venv/ready
 	.venv/bin/python drgrpo.py toy
-	.venv/bin/python eval.py --model runs/toy-base/model runs/toy/model \
-		--tasks runs/toy-base/test.jsonl --template none --output runs/toy/eval \
-		--max-prompt-tokens 64 --max-response-tokens 72
+	.venv/bin/python toy.py --show
 
 check: .venv/test-ready
 	.venv/bin/ruff check

@@ -13,11 +13,12 @@ The mix is what makes the model worth training. It cannot add four numbers in it
 answers fail; but it has learned to add two, so worked ones succeed. Asked plainly, it works a
 problem out only now and then. Reinforcement learning has to find this out from the reward alone.
 
-Nothing in here knows about RL: the outcome is an ordinary Hugging Face checkpoint and two JSONL
-files with the columns `problem` and `answer`.
+Nothing that makes the toy knows about RL: the outcome is an ordinary Hugging Face checkpoint and
+two JSONL files with the columns `problem` and `answer`.
 
     python toy.py              # runs/toy-base: the model of toy_base/, and the problems. A second
     python toy.py --rebuild    # the same, but the model is pre-trained anew. About two minutes
+    python toy.py --show       # what the run runs/toy did to the model: `make toy` ends with it
 
 The model was made by `--rebuild` once and is kept in toy_base/, so that everybody trains the same
 one: pre-trained on another CPU it differs, because sums are rounded in another order.
@@ -214,9 +215,37 @@ def make_toy(folder: Path | str = "runs/toy-base", rebuild: bool = False) -> Non
             new.rename(folder)
 
 
+def show_run(run: Path | str = "runs/toy", toy: Path | str = "runs/toy-base") -> None:
+    """Print how many held-out problems the model solves before and after a run, and a response of
+    its first and of its last step. Raises SystemExit if there is no such run."""
+    run, toy = Path(run), Path(toy)
+    if not (run / "metrics.jsonl").exists():
+        raise SystemExit(f"error: no run in {run}: python drgrpo.py toy")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    scored = [row for row in rows if row.get("eval_accuracy") is not None]
+    problems = len((toy / "test.jsonl").read_text().splitlines())
+    print(f"\n{run}: one greedy response to each held-out problem\n")
+    print("| | right | tokens per response |\n| --- | --- | --- |")
+    for row in (scored[0], scored[-1]):
+        solved = round(row["eval_accuracy"] * problems)
+        name = f"after {row['step']} steps" if row["step"] else "before"
+        print(f"| {name} | {solved} of {problems} | {row['eval_length']:.1f} |")
+    last = [sample for sample in samples if sample["step"] == samples[-1]["step"]]
+    for sample in (samples[0], last[0]):
+        asked, response = sample["prompt"], sample["response"]
+        print(f"\nThe first response of step {sample['step']}:\n\n{asked}{response}")
+    print(f"\nThe curves of the run are in {run}/curves.png")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rebuild", action="store_true", help="pre-train the model anew")
-    make_toy(rebuild=parser.parse_args().rebuild)
+    parser.add_argument("--show", action="store_true", help="print what the run runs/toy did")
+    arguments = parser.parse_args()
+    if arguments.show:
+        show_run()
+    else:
+        make_toy(rebuild=arguments.rebuild)
