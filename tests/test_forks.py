@@ -244,17 +244,15 @@ def test_the_kl_to_base_is_k3_and_has_the_slope_of_the_other_kl(fork):
     assert sums["kl_to_base"].item() == pytest.approx(k3)
     expected = torch.tensor([[1 - math.exp(-0.5), 0, 1 - math.exp(1), 0]]) * 0.5 / 10
     torch.testing.assert_close(slopes, expected)
-    # Over all tokens that the policy may draw: the estimate is KL(policy || base) on average, and
-    # the slope is that of KL(base || policy)
+    # On average over the tokens that the policy draws the estimate is KL(policy || base), and its
+    # slope is that of KL(base || policy)
     logits = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     policy, frozen = logits[0].log_softmax(0), logits[1].log_softmax(0).detach()
-    arguments = policy[:, None], policy[:, None].detach(), torch.zeros(5), torch.ones(5, 1), 1.0
-    means = []
-    for row in range(5):
-        one = [x[row : row + 1] if torch.is_tensor(x) else x for x in arguments]
-        loss, _ = module.drgrpo_loss(*one, base_logprobs=frozen[row].view(1, 1), kl_beta=1.0)
-        means.append(policy[row].exp().detach() * loss)
-    mean = sum(means)
+    one, mean = torch.ones(1, 1), 0.0
+    for logprob, of_base in zip(policy, frozen, strict=True):
+        arguments = (logprob.view(1, 1), logprob.detach().view(1, 1), torch.zeros(1), one, 1.0)
+        loss, _ = module.drgrpo_loss(*arguments, base_logprobs=of_base.view(1, 1), kl_beta=1.0)
+        mean = mean + logprob.exp().detach() * loss
     assert mean.item() == pytest.approx((policy.exp() * (policy - frozen)).sum().item(), rel=1e-5)
     (slope,) = torch.autograd.grad(mean, logits, retain_graph=True)
     (other,) = torch.autograd.grad((frozen.exp() * (frozen - policy)).sum(), logits)
@@ -360,10 +358,11 @@ def run(toy, tmp_path):
 
 @pytest.mark.slow
 def test_the_toy_learns_without_vllm(run):
-    settings = dict(steps=12, eval_every=12, prompts_per_step=16)
+    settings = dict(steps=10, prompts_per_step=16, eval_dataset="None")  # 40 updates
     rows, samples = run("transformers-sampler", 1, "-c", WITHOUT_VLLM, **settings)
-    assert max(row["gap"] for row in rows[:-1]) < 1e-4, "the limit is 1e-3"
-    assert rows[-1]["eval_accuracy"] > rows[0]["eval_accuracy"] + 0.1
+    assert max(row["gap"] for row in rows) < 1e-4, "the limit is 1e-3"
+    rewards = [row["reward"] for row in rows]
+    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
     assert {s["finish_reason"] for s in samples} == {"stop", "length"}
 
 
