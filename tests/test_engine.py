@@ -260,17 +260,6 @@ def test_an_engine_whose_weights_were_zeroed_gets_all_of_them_back(engine):
     assert gap(policy, draw(sampler)) < 1e-4
 
 
-def test_the_engine_has_new_weights_after_wake_and_forgets_what_it_cached(engine):
-    sampler, policy, _ = engine
-    draw(sampler)
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.mul_(1.2)
-    assert gap(policy, draw(sampler)) > 0.05, "without a sync the engine is stale"
-    sampler.wake(policy)
-    assert gap(policy, draw(sampler)) < 1e-4
-
-
 def test_a_prompt_that_was_seen_before_is_sampled_as_one_that_was_not(engine, monkeypatch):
     """To the bit: what is cached is forgotten before each sampling."""
     sampler, calls = engine[0], []
@@ -330,16 +319,6 @@ def test_steps_that_nobody_broke_show_no_gap(steps):
     assert max(steps.step() for _ in range(3)) < 1e-5
 
 
-def test_a_refused_update_changes_no_weight(steps, monkeypatch):
-    monkeypatch.setattr(Sampler, "wake", lambda sampler, policy: None)
-    steps.step()
-    before = {name: w.full_tensor().clone() for name, w in steps.policy.state_dict().items()}
-    with pytest.raises(RuntimeError, match=CAUSES):
-        steps.step()
-    for name, weight in steps.policy.state_dict().items():
-        assert torch.equal(weight.full_tensor(), before[name]), name
-
-
 def hotter(monkeypatch):
     """The sampler has another temperature."""
     generate = Sampler.generate
@@ -383,25 +362,26 @@ def test_a_prefix_cache_of_old_weights_is_caught_in_the_next_step(steps, monkeyp
         steps.step()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lm_head.weight",  # tied to the embedding, of which the CPU engine has a packed copy
-        "model.layers.0.mlp.down_proj.weight",
-        "model.layers.1.self_attn.q_proj.weight",
-    ],
-)
-def test_an_old_large_tensor_is_caught_in_the_next_step(steps, monkeypatch, name):
+LARGE = ["lm_head.weight"]  # tied to the embedding, of which the CPU's engine has a packed copy
+LARGE += ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
+
+
+@pytest.mark.parametrize("old", [*LARGE, ""])
+def test_old_weights_in_the_sampler_are_caught_in_the_next_step(steps, monkeypatch, old):
+    """One large tensor, or all."""
     first = {k: w.clone() for k, w in full_weights(steps.policy.model, torch.float32)}
 
     def stale(model, dtype):
         for key, weight in full_weights(model, dtype):
-            yield key, first[key] if key == name else weight
+            yield key, first[key] if old in key else weight
 
     monkeypatch.setattr(drgrpo, "full_weights", stale)
     steps.step()
+    before = {name: w.full_tensor().clone() for name, w in steps.policy.state_dict().items()}
     with pytest.raises(RuntimeError, match=CAUSES):
         steps.step()
+    for name, weight in steps.policy.state_dict().items():
+        assert torch.equal(weight.full_tensor(), before[name]), "no update was made"
 
 
 # ------------------------------------------------------------------- what it takes of the machine

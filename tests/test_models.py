@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 import drgrpo
 import support.logprobs
 from drgrpo import EMPTY_ROLLOUT, Sampler, collate, forward_backward, make_policy, update
-from support.data import Problem, prompt_ids
+from support.data import Problem
 from support.logprobs import (
     TOLERANCE,
     HeadLogprobs,
@@ -35,7 +35,7 @@ from support.logprobs import (
     two_tiny_models,
 )
 from support.run import end_ranks, start_ranks
-from tests.helpers import TOY, assert_same, launch, some_rollouts, tiny_model
+from tests.helpers import LONG, TOY, assert_same, launch, some_rollouts, tiny_model
 
 TINY = {
     "vocab_size": 64,
@@ -407,16 +407,13 @@ ENGINES += ["Glm4", "Ernie4_5", "Exaone4", "Olmo2", "SmolLM3"]
 def sample_update_wake(folder, family):
     """The mean gaps per token before an update, after it, and after `wake`."""
     start_ranks()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": 0, "bos_token_id": 0}
-    _, model = two_tiny_models(configured(family, **ids))
+    _, model = two_tiny_models(configured(family, eos_token_id=0, bos_token_id=0))
     model.save_pretrained(folder)
     check_model(folder, 128)
     config = replace(TOY, model=folder, temperature=0.9)
     policy, sampler = make_policy(config), Sampler(folder, 128)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, weight_decay=0.0)
-    texts = ("1 + 2 =", "12 - 5 + 30 =")
-    problems = [Problem(text, prompt_ids(tokenizer, text), []) for text in texts]
+    problems = [Problem("", LONG[:length], []) for length in (5, 12)]
 
     def sample():
         groups = sampler.generate(problems, [1, 2], 2, 24, config.temperature, ())
