@@ -14,7 +14,6 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer
 
 import drgrpo
 import support.logprobs
