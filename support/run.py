@@ -32,11 +32,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
@@ -316,9 +312,13 @@ class States:
         self.failed = 0  # saves in a row
 
     def shards(self) -> dict[str, dict[str, Any]]:
-        """This rank's, by name."""
+        """This rank's tensors of policy and optimizer by name, not copies of them.
+
+        What else an optimizer has is left out: lr, betas and so on are those of the command.
+        """
         policy, optimizer = get_state_dict(self.policy, self.optimizer, options=FLAT)
-        return {"policy": policy, "optimizer": optimizer}
+        moments = {name: value for name, value in optimizer.items() if torch.is_tensor(value)}
+        return {"policy": policy, "optimizer": moments}
 
     def save(self, step: int) -> None:
         """Begin to save the state before step `step`."""
@@ -368,24 +368,12 @@ class States:
                 "share"
             )
         for step in steps:
-            state = self.shards()
+            reader = CheckedReader(self.folder / str(step))
             try:
-                reader = CheckedReader(self.folder / str(step))
-                dcp.load(state, storage_reader=reader, process_group=self.group)
+                dcp.load(self.shards(), storage_reader=reader, process_group=self.group)
             except CheckpointException as error:
                 warnings.warn(f"the state {reader.path} is damaged: {reason(error)}", stacklevel=2)
                 continue
-            settings = [dict(group) for group in self.optimizer.param_groups]
-            set_state_dict(
-                self.policy,
-                self.optimizer,
-                model_state_dict=state["policy"],
-                optim_state_dict=state["optimizer"],
-                options=FLAT,
-            )
-            # lr and the like are those of the command, not those of the state
-            for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update(setting)
             self.newest = step
             return step
         if steps:

@@ -9,6 +9,8 @@ import os
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 import warnings
@@ -31,7 +33,7 @@ import support.run
 from drgrpo import collate, full_weights, make_policy, micro_batches, update
 from support.logprobs import token_logprobs
 from support.run import Run, States, check_folder, is_finished, reason, saved_steps, what_is_asked
-from tests.helpers import TOY, read_jsonl, some_rollouts, tiny_model, write_jsonl
+from tests.helpers import ROOT, TOY, read_jsonl, some_rollouts, tiny_model, write_jsonl
 from tests.runs import assert_as, contents, furnish, on_ranks, same, small, train, train_here
 
 RUN = Path("runs/run")
@@ -147,24 +149,29 @@ def test_a_state_without_metadata_is_none_and_no_damage(saved):
 def test_metadata_is_written_last(saved, monkeypatch):
     """So a state that has it is whole. torch promises it nowhere, but its version is pinned."""
     _, states, _ = saved
-    seen, finish, replaced = [], WRITER.finish, os.rename
+    seen, finish, rename = [], WRITER.finish, Path.rename
 
-    def noted_finish(*arguments):
-        seen.append(sorted(os.listdir("state/3")))
-        finish(*arguments)
-        seen.append(sorted(os.listdir("state/3")))
+    def noted(function):
+        def noting(*arguments, **settings):
+            size = Path("state/3/__0_0.distcp").stat().st_size
+            seen.append((function.__name__, Path("state/3/.metadata").exists(), size))
+            return function(*arguments, **settings)
 
-    monkeypatch.setattr(WRITER, "finish", noted_finish)
-    monkeypatch.setattr(os, "rename", lambda *names: seen.append(names[0].name) or replaced(*names))
+        return noting
+
+    monkeypatch.setattr(WRITER, "finish", noted(finish))
+    monkeypatch.setattr(Path, "rename", noted(rename))
     save(states, 3)
-    assert seen[0] == ["__0_0.distcp"] and seen[-1] == [".metadata", "__0_0.distcp"]
-    whole = Path("state/3/__0_0.distcp").stat().st_size
-    assert whole == Path("state/2/__0_0.distcp").stat().st_size
+    whole = Path("state/2/__0_0.distcp").stat().st_size
+    assert seen == [("finish", False, whole), ("rename", False, whole)]
+    assert sorted(os.listdir("state/3")) == [".metadata", "__0_0.distcp"]
 
 
-def flip_a_bit(file, place=None):
+def flip_bits(file, *places):
+    """At these places; without any at one in a thousand, since not every bit matters."""
     content = bytearray(file.read_bytes())
-    content[len(content) // 2 if place is None else place] ^= 1
+    for place in places or range(0, len(content), 1000):
+        content[place] ^= 1
     file.write_bytes(content)
 
 
@@ -173,12 +180,9 @@ def cut(file):
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
-@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink])
+@pytest.mark.parametrize("damage", [flip_bits, cut, Path.unlink])
 def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(saved, damage, file):
-    if (damage, file) == (flip_a_bit, ".metadata"):
-        flip_a_bit(Path("state/2", file), 0)  # not every bit of it matters
-    else:
-        damage(Path("state/2", file))
+    damage(Path("state/2", file))
     learner = Learner()
     if (damage, file) != (Path.unlink, ".metadata"):
         with pytest.warns(match="the state state/2 is damaged: rank 0: [^\n]*$"):
@@ -191,18 +195,18 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(saved, damage, 
 def test_a_flipped_bit_is_seen_wherever_it_changes_a_value(saved):
     file = Path("state/2/__0_0.distcp")
     whole, refused = file.read_bytes(), 0
-    places = torch.randint(len(whole), (25,), generator=torch.Generator().manual_seed(0)).tolist()
-    for place in places:
-        flip_a_bit(file, place)
-        learner = Learner()
+    learner = Learner()
+    states = learner.states()
+    for place in range(7, len(whole), len(whole) // 15):
+        flip_bits(file, place)
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            step = learner.states().load()
+            step = states.load()
         assert same(learner.values(), saved[2][step]), place
         assert (step == 1) == any("state/2 is damaged" in str(each.message) for each in seen)
         refused += step == 1
         file.write_bytes(whole)
-    assert refused > 10
+    assert refused >= 8
 
 
 def test_if_no_state_can_be_loaded_the_error_says_what_to_do(saved):
@@ -653,7 +657,7 @@ def test_a_full_disk_costs_two_saves_and_then_the_run_but_no_state(here, unbroke
         pytest.raises(RuntimeError, match="twice in a row"),
     ):
         train(steps=8)
-    assert [row["failed_saves"] for row in read_jsonl(RUN / "metrics.jsonl")] == [0, 0, 0, 1]
+    assert [row["failed_saves"] for row in read_jsonl(RUN / "metrics.jsonl")] == [0, 0, 0, 0, 1]
     assert saved_steps(RUN / "state") == [2, 1]
     train()
     assert_as(RUN, unbroken)
@@ -661,7 +665,7 @@ def test_a_full_disk_costs_two_saves_and_then_the_run_but_no_state(here, unbroke
 
 def test_a_run_with_a_damaged_state_goes_on_from_the_one_before_it(here, unbroken):
     train(steps=3)
-    flip_a_bit(RUN / "state/3/__0_0.distcp")
+    flip_bits(RUN / "state/3/__0_0.distcp")
     with pytest.warns(match="runs/run/state/3 is damaged"):
         train()
     assert_as(RUN, unbroken)
@@ -687,7 +691,7 @@ def of_a_run(begun, tmp_path, monkeypatch):
 
 
 def change_the_template(monkeypatch):
-    return {"template": "r1"}
+    return {"template": "qwen_math", "max_prompt_tokens": 400}
 
 
 def change_its_stop_strings(monkeypatch):
@@ -912,12 +916,32 @@ def test_if_one_of_two_ranks_is_asked_to_stop_both_finish_the_step(here, unbroke
     goes_on_as(here, unbroken_of_two, world=2)
 
 
+ON_A_NODE = """
+from support.run import start_ranks
+from tests.runs import train
+
+start_ranks()
+train()
+"""
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_more_ranks_and_on_two_nodes(here, unbroken):
-    """Four processes that see what torchrun says on two nodes: their mesh is 2 x 2."""
+    """Two of torchrun's agents stand in for two nodes: (nodes, ranks) is a mesh of 2 x 2."""
     train(steps=1)
     on_ranks(2, train_here, {"steps": 2}, folder=here)
-    on_ranks(4, train_here, {}, folder=here, nodes=2)
+    Path("node.py").write_text(ON_A_NODE)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    options = "--nnodes=2 --nproc-per-node=2 --local-addr=127.0.0.1 --rdzv-backend=c10d"
+    options += f" --rdzv-endpoint=127.0.0.1:{port} --rdzv-id=1 node.py"
+    command = [sys.executable, "-m", "torch.distributed.run", *options.split()]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(key, None)
+    with Path("log").open("w") as log:
+        nodes = [subprocess.Popen(command, env=environment, stdout=log, stderr=log) for _ in "ab"]
+        assert [node.wait(timeout=400) for node in nodes] == [0, 0], Path("log").read_text()[-4000:]
     assert_nearly_as(RUN, unbroken)
 
 
@@ -941,6 +965,6 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(here):
     assert done.results == [[0, 1, 0], [0, 1, 0]]
     assert done.printed.count("rank 1: OSError: [Errno 28] No space left on device") == 2
     assert saved_steps(Path("state")) == [3, 1]
-    flip_a_bit(Path("state/3/__1_0.distcp"))
+    flip_bits(Path("state/3/__1_0.distcp"))
     with pytest.warns(match="state/3 is damaged: rank 0: ValueError: __1_0.distcp is not what"):
         assert Learner().states().load() == 1, "one rank reads what two have written"

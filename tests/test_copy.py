@@ -1,0 +1,123 @@
+"""The script, templates.py and support/ are a whole trainer: copied, killed, and going on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from support.run import saved_steps
+from tests.helpers import ROOT, read_jsonl, wait_until
+from tests.runs import assert_as, contents, same
+
+SETTINGS = """--model model --dataset train.jsonl --eval-dataset test.jsonl --steps 3 --eval-every 2
+    --save-every 1 --prompts-per-step 8 --responses-per-update 32""".split()
+
+
+@pytest.fixture(scope="session")
+def trainer(toy, tmp_path_factory):
+    """A folder with a copy of the trainer, a model and two files of problems, and nothing else."""
+    folder = tmp_path_factory.mktemp("copy")
+    copied = subprocess.run(["cp", "-r", "drgrpo.py", "templates.py", "support", folder], cwd=ROOT)
+    assert copied.returncode == 0
+    shutil.copytree(toy / "model", folder / "model")
+    for name in ("train", "test"):
+        lines = (toy / f"{name}.jsonl").read_text().splitlines(keepends=True)[:40]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def begin(folder, name, ranks=1):
+    """Start a run of three steps there, in a process group of its own. Nothing here is on its path;
+    it prints to NAME.log."""
+    ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), "drgrpo.py", "toy", *SETTINGS]
+    with (folder / f"{name}.log").open("w") as log:
+        return subprocess.Popen(
+            [*command, "--name", name],
+            cwd=folder,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def finish(folder, name, ranks=1):
+    """Give a command, and wait for its end. Returns the run's folder."""
+    code = begin(folder, name, ranks).wait(timeout=400)
+    assert code == 0, (folder / f"{name}.log").read_text()[-4000:]
+    return folder / "runs" / name
+
+
+def wait_for(process, file, text):
+    """Until a file of a run that goes on has the text."""
+    wait_until(
+        lambda: process.poll() is not None or (file.exists() and text in file.read_text()), 300
+    )
+    assert process.poll() is None, "it has ended before"
+
+
+def kill_and_stop(folder, name, ranks, send):
+    """Begin a run and kill it as if the machine were switched off; begin it again and ask it to
+    stop. `send` gets the process and a signal's number."""
+    process = begin(folder, name, ranks)
+    wait_for(process, folder / "runs" / name / "metrics.jsonl", '{"step": 0')
+    os.killpg(process.pid, signal.SIGKILL)  # with its ranks and grading workers
+    process.wait()
+    process = begin(folder, name, ranks)
+    wait_for(process, folder / f"{name}.log", f"runs/{name}")  # "... goes on from step"
+    send(process)
+    assert process.wait(timeout=200) == 1
+    log = (folder / f"{name}.log").read_text()
+    assert f"runs/{name} is stopped" in log and "The same command goes on with it" in log
+    assert len(saved_steps(folder / "runs" / name / "state")) > 0
+    return log
+
+
+@pytest.fixture(scope="session")
+def unbroken(trainer):
+    return finish(trainer, "unbroken")
+
+
+@pytest.mark.slow
+def test_a_copy_of_the_script_and_its_folder_trains(unbroken):
+    rows, samples, _ = contents(unbroken)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and len(samples.splitlines()) == 3 * 8 * 8
+    assert {"eval_accuracy"} <= set(rows[0]) & set(rows[3])
+    assert (unbroken / "curves.png").stat().st_size > 10_000
+    before = AutoModelForCausalLM.from_pretrained(unbroken.parents[1] / "model").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(unbroken / "model").state_dict()
+    assert after.keys() == before.keys() and not same(before, after)
+
+
+@pytest.mark.slow
+def test_a_real_run_that_is_killed_and_stopped_by_ctrl_c_ends_as_the_unbroken_one(
+    trainer, unbroken
+):
+    """Ctrl-C goes to the whole group: the workers that grade must not hear it."""
+    log = kill_and_stop(trainer, "killed", 1, lambda process: os.killpg(process.pid, signal.SIGINT))
+    assert log.count("SIGINT: the step in flight is finished") == 1
+    run = finish(trainer, "killed")
+    assert_as(run, unbroken)
+    assert all(row["timeouts"] == row["errors"] == 0 for row in contents(run)[0][:3])
+    assert finish(trainer, "killed") == run
+    said = (trainer / "killed.log").read_text()
+    assert "runs/killed is finished: 3 steps. --steps N goes on with it." in said
+
+
+@pytest.mark.slow
+def test_two_real_ranks_that_are_killed_and_stopped_give_the_responses_of_one(trainer, unbroken):
+    log = kill_and_stop(trainer, "two", 2, lambda process: process.terminate())
+    assert log.count("SIGTERM: the step in flight is finished") == 2
+    run = finish(trainer, "two", 2)
+    samples, expected = (read_jsonl(each / "samples.jsonl") for each in (run, unbroken))
+    assert [s["response"] for s in samples] == [s["response"] for s in expected]
+    for name, weight in contents(unbroken)[2].items():
+        assert torch.allclose(contents(run)[2][name], weight, atol=1e-5), name

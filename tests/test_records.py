@@ -1,0 +1,355 @@
+"""Facts about records: summaries of responses, files, warnings, trackers, curves."""
+
+import json
+import sys
+import types
+import warnings
+from unittest import mock
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+
+from drgrpo import Rollout
+from support import records
+from support.data import Problem
+from support.records import append_rows, check_tracker, cut_rows, plot_curves, read_rows, summarize
+from tests.helpers import read_jsonl
+from tests.runs import small
+
+NAN = float("nan")
+
+
+def responses(lengths, rewards, **columns):
+    """Rollouts with one entry each of these lists."""
+    rollouts = []
+    for place, (length, reward) in enumerate(zip(lengths, rewards, strict=True)):
+        others = {key: values[place] for key, values in columns.items()}
+        others = {"finish_reason": "stop"} | others
+        rollouts.append(Rollout(0, [1], [2] * length, [-0.5] * length, reward=reward, **others))
+    return rollouts
+
+
+# ------------------------------------------------------------------------------ summaries
+
+OF_GROUPS = {"entropy", "groups_without_signal", "length_above", "length_below"}
+OF_VERDICTS = {"accuracy", "accuracy_se", "length_right", "length_wrong"}
+ALWAYS = {"reward", "truncated", "length", "timeouts", "errors"}
+
+
+def test_a_summary_is_that_of_a_count_by_hand():
+    """Two groups of three. In the first one is right, and one grading timed out; in the second
+    all are right."""
+    found = summarize(
+        responses(
+            lengths=[1, 2, 3, 4, 5, 6],
+            rewards=[1.0, 0.0, NAN, 1.0, 1.0, 1.0],
+            correct=[True, False, None, True, True, True],
+            advantage=[0.5, -0.5, 0.0, 0.0, 0.0, 0.0],
+            failure=[None, None, "timeout", None, None, None],
+        ),
+        3,
+    )
+    assert found == {
+        "reward": pytest.approx(4 / 5),
+        "truncated": 0.0,
+        "length": 3.5,
+        "timeouts": 1,
+        "errors": 0,
+        "entropy": 0.5,
+        "groups_without_signal": 0.5,
+        "length_above": 1.0,
+        "length_below": 2.0,
+        "accuracy": pytest.approx(4 / 5),
+        "accuracy_se": pytest.approx(np.std([1 / 2, 1]) / 2**0.5),
+        "length_right": 4.0,
+        "length_wrong": 2.0,
+        "groups_all_right": 0.5,
+        "groups_all_wrong": 0.0,
+    }
+
+
+def test_a_right_answer_in_a_truncated_response_is_right_but_not_rewarded():
+    found = summarize(
+        responses(
+            [1, 9],
+            [0.0, 0.0],
+            correct=[False, True],
+            finish_reason=["stop", "length"],
+            failure=["KeyError()", None],
+        ),
+        2,
+    )
+    assert (found["reward"], found["accuracy"], found["truncated"]) == (0.0, 0.5, 0.5)
+    assert (found["length_right"], found["length_wrong"]) == (9, 1)
+    assert (found["groups_without_signal"], found["groups_all_wrong"]) == (1.0, 0.0)
+    assert (found["timeouts"], found["errors"]) == (0, 1)
+    assert found["length_above"] is found["length_below"] is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("judged", [False, True])
+def test_what_needs_groups_or_verdicts_is_there_only_with_them(n, judged):
+    correct = {"correct": [True, False, False, False]} if judged else {}
+    found = summarize(responses([1, 2, 3, 4], [0.5, -1.0, 0.25, 0.25], **correct), n)
+    expected = ALWAYS | (OF_VERDICTS if judged else {"reward_se"}) | (OF_GROUPS if n > 1 else set())
+    if n > 1 and judged:
+        expected |= {"groups_all_right", "groups_all_wrong"}
+    assert set(found) == expected
+    means = {1: [0.5, -1.0, 0.25, 0.25], 2: [-0.25, 0.25]}[n]
+    assert judged or found["reward_se"] == pytest.approx(np.std(means) / len(means) ** 0.5)
+    assert n == 1 or found["groups_without_signal"] == 0.5
+
+
+def test_nothing_is_known_where_all_gradings_failed():
+    found = summarize(responses([1, 2], [NAN, NAN], failure=["timeout", "oops"]), 2)
+    assert found["reward"] is found["reward_se"] is None
+    assert (found["timeouts"], found["errors"], found["groups_without_signal"]) == (1, 1, 1.0)
+
+
+# ------------------------------------------------------------------------------ files
+
+
+def test_rows_are_read_up_to_a_line_that_was_cut_off(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert read_rows(file) == []
+    rows = [{"text": "\u2028\x85\n\ud800"}, {"text": None}]
+    for row in rows:
+        append_rows(file, [row])
+    with file.open("a") as out:
+        out.write('{"text": "cut o')
+    assert read_rows(file) == rows
+
+
+@pytest.mark.parametrize("first, kept", [(0, 0), (1, 2), (2, 3), (9, 3)])
+def test_rows_of_steps_that_are_made_again_are_cut_off(tmp_path, first, kept):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"step": 0, "text": "\u2028"}, {"step": 0}, {"step": 1}]
+    append_rows(file, rows)
+    with file.open("a") as out:
+        out.write('{"step": 1, "rew')
+    cut_rows(file, first)
+    assert read_jsonl(file) == rows[:kept]
+    cut_rows(tmp_path / "new", first)
+    assert (tmp_path / "new").read_bytes() == b""
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    file = tmp_path / "config.json"
+    records.write_json(file, {"a": 1})
+    monkeypatch.setattr(records.os, "replace", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        records.write_json(file, {"a": 2})
+    assert records.read_json(file) == {"a": 1} and records.read_json(tmp_path / "no") is None
+
+
+def test_a_run_leaves_its_records(fake_run, tmp_path):
+    fake_run(steps=2, held_out=[Problem("q", [5, 6], ["1"])], eval_every=1)
+    run = tmp_path / "runs" / "run"
+    rows, samples = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "samples.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(np.isfinite(v) for row in rows for v in row.values() if v is not None)
+    assert all(row["gap"] < 1e-5 for row in rows[:2]) and "gap" not in rows[2]
+    assert all("eval_accuracy" in row for row in rows)
+    assert len(samples) == 2 * 4 * 4
+    first = [s for s in samples if s["step"] == 0]
+    for key, of_a_sample in (("reward", "reward"), ("accuracy", "correct"), ("length", "length")):
+        assert rows[0][key] == pytest.approx(np.mean([s[of_a_sample] for s in first]))
+    assert all(s["reward"] == (s["correct"] and s["finish_reason"] == "stop") for s in samples)
+    assert {s["prompt"] for s in samples} <= {f"p{i}" for i in range(6)}
+    assert (run / "curves.png").stat().st_size > 10_000
+
+
+def test_a_step_that_fails_leaves_no_row(fake_run, tmp_path):
+    def change(sampler):
+        sampler.wake = lambda policy: setattr(sampler, "shift", 0.5)
+
+    with pytest.raises(RuntimeError, match=r"differ by 0.5 nats per token"):
+        fake_run(change, steps=3)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert {row["step"] for row in read_jsonl(tmp_path / "runs" / "run" / name)} == {0}
+    assert json.loads((tmp_path / "runs/run/config.json").read_text())["finished"] is None
+
+
+def test_an_unknown_reward_is_null_in_json(tmp_path):
+    rollouts = responses([1], [NAN], failure=["timeout"])
+    (row,) = records.sample_rows(3, [Problem("p", [1], ["2"])], rollouts)
+    assert row["reward"] is None and row["failure"] == "timeout" and "NaN" not in json.dumps(row)
+
+
+def test_a_step_is_printed_in_one_line_and_two_examples_are_cut_short(capsys):
+    row = {"step": 7, "reward": 0.25, "length": 41.2, "gap": None, "eval_accuracy": 0.5}
+    row |= {"seconds_update": 3.0, "seconds_old_logprobs": 1.0, "seconds_sample": 2.0}
+    line = "step   7 of 40  reward 0.25  length 41.2  eval_accuracy 0.5  5.0 s"
+    assert records.headline(row, 40) == line, "old_logprobs are a part of update"
+    texts = ["a" * 300, "b\n c"]
+    records.show_examples(responses([1, 1], [1, 0], correct=[True, False], text=texts))
+    right, wrong = capsys.readouterr().out.splitlines()
+    assert right == "  right: " + "a" * 95 + " ... " + "a" * 95 and wrong == "  wrong: b c"
+
+
+# ------------------------------------------------------------------------------ warnings
+
+HEALTHY = {"timeouts": 0, "errors": 0, "groups_without_signal": 0.5, "truncated": 0.5}
+
+
+def told(change, rewards=(0.0, 1.0) * 100, stop=(), truncated_reward=0.0):
+    samples = [{"reward": reward} for reward in rewards]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        records.warn_of(HEALTHY | change, samples, stop, truncated_reward)
+    return [str(warning.message) for warning in seen]
+
+
+@pytest.mark.parametrize("change, fine, message", [
+    ({"timeouts": 1, "errors": 1}, {"timeouts": 1}, "1% of the gradings or more failed: .*timeout"),
+    ({"groups_without_signal": 1.0}, {"groups_without_signal": 0.99}, "so nothing was learned.*Re"),
+    ({"truncated": 0.51}, {}, "most responses are truncated; EOS ends a response. Raise --max-res"),
+])  # fmt: skip
+def test_a_warning_says_what_to_try(change, fine, message):
+    assert told(fine) == []
+    with pytest.warns(match=message):
+        records.warn_of(HEALTHY | change, [{"reward": 0.0}] * 200, (), 0.0)
+    assert len(told(change)) == 1
+
+
+def test_warnings_know_stop_strings_and_what_being_cut_off_pays():
+    (message,) = told({"truncated": 1.0}, stop=("</answer>",))
+    assert "EOS or '</answer>' ends a response" in message
+    (message,) = told({}, rewards=(0.0, -0.5, None))
+    assert "some rewards are below that of a truncated response, 0.0" in message
+    assert told({}, rewards=(0.0, -0.5, None), truncated_reward=-0.5) == []
+    assert told(dict.fromkeys(HEALTHY, 1.0), rewards=()) == [], "only an evaluation"
+
+
+# ------------------------------------------------------------------------------ trackers
+
+
+class FakeWriter:
+    """TensorBoard's writer; shows what is safe on the disk."""
+
+    def __init__(self, folder, purge_step):
+        self.purge_step, self.written, self.waiting, self.closed = purge_step, [], [], 0
+        FakeWriter.last = self
+
+    def add_scalar(self, key, value, step):
+        self.waiting.append((key, value, step))
+
+    def flush(self):
+        self.written += self.waiting
+        self.waiting = []
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def writer(monkeypatch):
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = FakeWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: name)
+    return FakeWriter
+
+
+def test_every_point_reaches_the_tracker_at_once_and_it_is_closed(fake_run, writer, tmp_path):
+    fake_run(track="tensorboard", steps=2)
+    rows = read_jsonl(tmp_path / "runs" / "run" / "metrics.jsonl")
+    expected = {
+        (key, row["step"]): value for row in rows for key, value in row.items() if value is not None
+    }
+    assert {(key, step): value for key, value, step in writer.last.written} == expected
+    assert (writer.last.waiting, writer.last.closed, writer.last.purge_step) == ([], 1, 0)
+
+
+def test_tensorboard_forgets_the_points_that_are_made_again(writer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records.Records(small(track="tensorboard"), {"dropped_problems": {}}, (), 3)
+    assert writer.last.purge_step == 3
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps a run's points by its id, as the server does; the step must grow."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs = {}
+
+    def init(self, id, resume, **settings):
+        assert resume == "allow"
+        self.points = self.runs.setdefault(id, {})
+        return self
+
+    @property
+    def step(self):
+        return max(self.points, default=-1) + 1
+
+    def log(self, row, step):
+        assert step >= self.step, "W&B drops this point"
+        self.points[step] = dict(row)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_wandb_gets_again_what_a_killed_run_had_not_sent(fake_run, tmp_path, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    fake_run(track="wandb", steps=3, save_every=3)
+    (points,) = wandb.runs.values()
+    complete = {step: dict(row) for step, row in points.items()}
+    assert sorted(complete) == [0, 1, 2] and wandb.finished
+    for step in (1, 2):
+        del points[step]
+    records.Records(small(track="wandb", steps=5), {"dropped_problems": {}}, (), 3)
+    assert wandb.runs == {next(iter(wandb.runs)): complete}, "the same run, and all its points"
+    records.Records(small(track="wandb", name="other"), {"dropped_problems": {}}, (), 0)
+    assert len(wandb.runs) == 2
+
+
+def test_a_tracker_that_is_not_installed_is_an_early_error(monkeypatch):
+    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: None)
+    check_tracker("no")
+    with pytest.raises(ValueError, match="--track wandb needs `pip install wandb`"):
+        check_tracker("wandb")
+
+
+def test_tensorboard_can_read_what_a_run_leaves(fake_run, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fake_run(track="tensorboard", steps=2)
+    events = EventAccumulator(str(tmp_path / "runs" / "run"))
+    events.Reload()
+    rows = read_jsonl(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert [event.step for event in events.Scalars("reward")] == [0, 1]
+    found = [event.value for event in events.Scalars("gap")]
+    assert found == pytest.approx([row["gap"] for row in rows])
+
+
+# ------------------------------------------------------------------------------ curves
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "reward"])
+def test_curves_show_the_held_out_score_with_and_without_verdicts(tmp_path, monkeypatch, kind):
+    rows = []
+    for step in range(4):
+        row = {"step": step, "reward": step / 10, "gap": 1e-4, "grad_norm": 0.1}
+        row |= {"length_above": 5, "length_below": None, f"eval_{kind}": 0.1}
+        if kind == "accuracy":
+            row |= {"accuracy": 0.1, "length_right": 5, "length_wrong": None}
+        rows.append(row)
+    rows.append({"step": 4, f"eval_{kind}": 0.2})  # after the last step
+    append_rows(tmp_path / "metrics.jsonl", rows)
+    labels, plot = [], Axes.plot
+
+    def noting(axis, xs, ys, label, **settings):
+        labels.append((label, tuple(xs)))
+        return plot(axis, xs, ys, label=label, **settings)
+
+    monkeypatch.setattr(Axes, "plot", noting)
+    plot_curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert (f"held-out {kind}", (0, 1, 2, 3, 4)) in labels
+    assert ("training", (0, 1, 2, 3)) in labels
+    assert len(labels) == 5, "reward, held-out score, length, gap, norm"
