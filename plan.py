@@ -26,7 +26,7 @@ import torch
 import tyro
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import drgrpo
 from support.data import Problem, load_data
@@ -38,8 +38,9 @@ from toy import make_toy
 GB = 1e9
 GPU_SIZES = (24, 40, 80, 141)  # GB
 GPU_FLOPS, GPU_BYTES = 989e12, 3350e9  # per second, of an H100: bf16 and memory, data sheet
+STATE, MODEL = 12, 2  # bytes per weight on the disk: weights and moments in fp32; bf16
 # Assumed:
-LIBRARIES = 4e9  # bytes of a rank in the host's memory, beside the model
+LIBRARIES = 2e9  # bytes of a rank in the host's memory: the toy's on a CPU; CUDA takes more
 MEAN_SHARE = 700 / 3000  # mean length of a response, as a share of the limit
 BRIEF_LONG = (0.15, 0.35)  # the same, of models that answer briefly and at length
 MFU = (0.4, 0.2)  # share of GPU_FLOPS that the learner reaches
@@ -70,6 +71,7 @@ def plan(config: PlanConfig, problems: list[Problem], held_out: list, dropped: d
     """The whole report, from what `load_data` returned."""
     model = meta_model(config.model)
     weights, prompt = numel(model), mean_prompt(problems)
+    disk, host = needs(config, weights)
     tokens = config.responses_per_update * (prompt + config.max_response_tokens)
     batches = math.ceil(tokens / config.gpus / config.nodes / config.tokens_per_microbatch)
     updates = config.responses // config.responses_per_update
@@ -83,12 +85,12 @@ def plan(config: PlanConfig, problems: list[Problem], held_out: list, dropped: d
         f"model     {weights:,} parameters in {model.config.num_hidden_layers} layers",
         f"a step    {config.responses} responses, {updates} update(s) of at most {batches} "
         "micro-batch(es) per GPU",
-        f"disk      {disk_bytes(weights) / GB:.1f} GB: 3 states of {12 * weights / GB:.1f} GB (one "
-        f"is being written) and 2 models of {2 * weights / GB:.1f} GB",
-        f"host      {host_bytes(config, weights) / GB:.1f} GB per node: copies of a state that is "
-        f"being written, a model to export,\n          and {LIBRARIES / GB:g} GB per rank for "
-        f"libraries (assumed). Loading takes none: the model's {2 * weights / GB:.1f} GB are\n"
-        "          mapped from its file, once for all ranks",
+        f"disk      {disk / GB:.1f} GB: 3 states of {STATE * weights / GB:.1f} GB (one is being "
+        f"written) and 2 models of {MODEL * weights / GB:.1f} GB",
+        f"host      {host / GB:.1f} GB per node: copies of a state that is being written, a model "
+        f"to export, {LIBRARIES / GB:g} GB\n          per rank for libraries (assumed). Loading "
+        f"takes none: the model's {MODEL * weights / GB:.1f} GB are mapped from\n          its "
+        "file, once for all ranks",
         hours(config, weights, prompt),
         "\nMemory of a GPU at the fullest moment of learning, reckoned:\n",
         markdown(["part", "GB", "how"], [*table, ["in all", f"{total(parts) / GB:.1f}", ""]]),
@@ -102,7 +104,7 @@ def mean_prompt(problems: list[Problem]) -> float:
     return sum(len(problem.prompt_ids) for problem in problems) / len(problems)
 
 
-def meta_model(name: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+def meta_model(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The model without weights: nothing but its config is read."""
     config = AutoConfig.from_pretrained(name)
     with torch.device("meta"):
@@ -149,26 +151,27 @@ def one_row_on_a_gpu(module, query, key, value, attention_mask, scaling=None, **
 AttentionInterface.register("one row on a GPU", one_row_on_a_gpu)
 
 
-def layer_memory(model: torch.nn.Module, tokens: int) -> tuple[int, int]:
-    """Bytes that a layer keeps after its forward pass, and has at most in its backward pass.
+def layer_memory(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
+    """Bytes that a layer keeps for its backward pass, and has at most in it.
 
     Torch's MemTracker follows the first layer, which runs without data. Its input and its weights'
     gradients count, its weights do not.
     """
     layer, width = model.get_decoder().layers[0], model.config.hidden_size
-    with torch.device("meta"), MemTracker() as tracker:
+    weights = numel(layer) * model.dtype.itemsize
+    with torch.device("meta"):
         hidden = torch.empty(1, tokens, width, dtype=model.dtype, requires_grad=True)
         rotary = model.get_decoder().rotary_emb(hidden, torch.empty(1, tokens, dtype=torch.long))
-        out = layer(hidden, position_embeddings=rotary)
-        after = tracker.get_tracker_snapshot("current")[out.device]["Total"]
-        out.backward(torch.empty_like(out))
+        with MemTracker() as tracker:
+            out = layer(hidden, position_embeddings=rotary)
+            after = tracker.get_tracker_snapshot("current")[out.device]["Total"]
+            out.backward(torch.empty_like(out))
     most = tracker.get_tracker_snapshot("peak")[out.device]["Total"]
     layer.zero_grad()
-    weights = numel(layer) * model.dtype.itemsize
-    return after - weights, most - weights
+    return after - weights - out.nbytes, most - weights
 
 
-def learner_memory(config: PlanConfig, model: torch.nn.Module, micro_batches: int) -> Parts:
+def learner_memory(config: PlanConfig, model: PreTrainedModel, micro_batches: int) -> Parts:
     """Of one GPU at the fullest moment of an update; FSDP2 shards within a node.
 
     Three moments can be the fullest: the backward pass of the head, that of the last layer, and the
@@ -215,7 +218,7 @@ def total(parts: Parts) -> float:
     return sum(size for _, size, _ in parts)
 
 
-def sampler_memory(config: PlanConfig, model: torch.nn.Module, parts: Parts) -> str:
+def sampler_memory(config: PlanConfig, model: PreTrainedModel, parts: Parts) -> str:
     """Which GPUs the run fits on, and how many responses of full length vLLM holds there."""
     masters, states = parts[0][1], total(parts[:2])
     prompts = math.ceil(config.prompts_per_step / config.gpus / config.nodes)
@@ -230,22 +233,16 @@ def sampler_memory(config: PlanConfig, model: torch.nn.Module, parts: Parts) -> 
         number = f"{min(room / row, sequences):.0f} responses" if fits else "does not fit"
         held.append(f"{size} GB: {number}")
     return (
-        "\nCUDA, NCCL and the sleeping engine need 3 to 6 GB more, by guess. While it samples: "
-        f"{states / GB:.1f} GB of masters and\nmoments, {weights / GB:.1f} GB of vLLM's weights, "
-        f"{logits / GB:.1f} GB of its logits, and its cache, {row / GB:.2f} GB per response of "
-        f"full length.\nA GPU of these sizes holds at once: {'; '.join(held)}"
+        "\nCUDA, NCCL and the sleeping engine need 3 to 6 GB more, by guess. A GPU holds at once, "
+        f"of full length\n({row / GB:.2f} GB each), beside {states / GB:.1f} GB of masters and "
+        f"moments and {weights / GB:.1f} GB of vLLM's weights:\n{'; '.join(held)}"
     )
 
 
-def disk_bytes(weights: int) -> int:
-    """Of a run's folder at its fullest. A state: 12 B per weight; a model in bf16: 2 B."""
-    return (3 * 12 + 2 * 2) * weights
-
-
-def host_bytes(config: PlanConfig, weights: int) -> float:
-    """Of a node's memory at its fullest. With `offload`, weights, moments and gradients (16 B per
-    weight) are there, too."""
-    return (14 + 16 * config.offload) * weights + config.gpus * LIBRARIES
+def needs(config: PlanConfig, weights: int) -> tuple[float, float]:
+    """Bytes of the run's folder and of a node's memory, both at their fullest."""
+    host = STATE + MODEL + 16 * config.offload  # 16: weights, moments and gradients in fp32
+    return (3 * STATE + 2 * MODEL) * weights, host * weights + config.gpus * LIBRARIES
 
 
 # -------------------------------------------------------------------------------------- --try
@@ -272,37 +269,33 @@ def trial(config: PlanConfig) -> None:
 
     drgrpo.timed, drgrpo.give_rewards = watch, half_right
     try:
-        report = measure(config, prepared, watch)
-    except Exception:
-        phase = watch.phases[-1] if watch.phases else "the end"
-        print(f"stop: rank {rank} failed in: {phase}. {ladder(config, phase)}", flush=True)
+        measured = measure(config, prepared, watch)
+    except Exception as error:
+        phase = watch.phases[-1] if watch.phases else "comparison"
+        print(f"stop: rank {rank}, {phase}: {error}\n{ladder(config, phase)}", flush=True)
         raise
     if rank == 0:
         shutil.rmtree(config.folder)
-        print(report)
+        print(measured)
 
 
 def refuse_small_machine(config: PlanConfig) -> None:
     """Say what the run needs of disk and host, and what is free; exit if that is less."""
-    weights = numel(meta_model(config.model))
-    free = shutil.disk_usage(config.folder).free
-    host = host_bytes(config, weights)
-    for name, needed, there in (
-        ("disk", disk_bytes(weights), free),
-        ("memory of the host", host, host_free()),
-    ):
-        line = f"{name}: {needed / GB:.3f} GB needed, {there / GB:.3f} GB free"
-        if needed > there:
+    disk, host = needs(config, numel(meta_model(config.model)))
+    disk_free = shutil.disk_usage(config.folder).free
+    for name, need, free in (("disk", disk, disk_free), ("host's memory", host, host_free())):
+        line = f"{name}: {need / GB:.3f} GB needed, {free / GB:.3f} GB free"
+        if need > free:
             sys.exit(f"stop: {line}")
         print(line)
 
 
-def host_free() -> int:
+def host_free(root: str = "/") -> int:
     """Bytes that this node's processes can take: what is free, or the limit of a cgroup (v2)."""
     free = psutil.virtual_memory().available
-    group = Path("/proc/self/cgroup").read_text().split("0::/")[-1].strip()
-    for folder in (Path("/sys/fs/cgroup", group), *Path("/sys/fs/cgroup", group).parents):
-        limit = folder / "memory.max"
+    group = Path(root, "proc/self/cgroup").read_text().split("0::/")[-1].strip()
+    folder = Path(root, "sys/fs/cgroup", group)
+    for limit in (parent / "memory.max" for parent in (folder, *folder.parents)):
         if limit.exists() and limit.read_text().strip() != "max":
             free = min(free, int(limit.read_text()))
     return free
@@ -322,14 +315,16 @@ def measure(config: PlanConfig, prepared: tuple, watch: "Watch") -> str:
 
     Raises RuntimeError if a state comes back other than it was.
     """
+    tokenizer, problems, held_out, dropped = prepared
     with ExitStack() as ends:
         with watch({}, "start"):
             policy, optimizer, sampler, grader = ends.enter_context(drgrpo.start(config))
-            run = ends.enter_context(Run(config, *prepared, policy, optimizer))
+            run = Run(config, tokenizer, problems, held_out, dropped, policy, optimizer)
+            ends.enter_context(run)
         let_no_response_end(sampler)
         for step in range(2):  # the first one warms up
             metrics, _ = drgrpo.train_step(
-                config, step, prepared[1], policy, optimizer, sampler, grader
+                config, step, problems, policy, optimizer, sampler, grader
             )
         with watch({}, "copy a state"):
             run.states.save(2)
@@ -344,8 +339,8 @@ def measure(config: PlanConfig, prepared: tuple, watch: "Watch") -> str:
         if step != 2 or not all(map(torch.equal, saved, loaded)):
             raise RuntimeError("the state that was loaded is not the one that was to be saved")
         with watch({}, "export"):
-            run.export(2, {}, drgrpo.full_weights(policy.model, policy.model.config.dtype))
-        return report(config, prepared, watch, metrics)
+            run.export(2, {}, drgrpo.full_weights(policy.model, policy.saved_dtype))
+        return report(config, problems, held_out, watch, metrics)
 
 
 def shards(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -385,13 +380,13 @@ class Watch:
             time.sleep(0.02)
 
     @contextmanager
-    def __call__(self, seconds: dict[str, float], phase: str) -> Iterator[None]:
+    def __call__(self, metrics: dict, phase: str) -> Iterator[None]:
         self.peaks[phase] = max(self.peaks.get(phase, 0), memory_in_use())
         self.phases.append(phase)
-        with timed(seconds, phase):
+        with timed(metrics, phase):
             yield
         self.phases.remove(phase)
-        self.seconds[phase] = seconds[f"seconds_{phase}"]
+        self.seconds[phase] = metrics[f"seconds_{phase}"]
 
 
 def memory_in_use() -> float:
@@ -404,7 +399,9 @@ def memory_in_use() -> float:
     return size - free
 
 
-def report(config: PlanConfig, prepared: tuple, watch: Watch, metrics: dict) -> str:
+def report(
+    config: PlanConfig, problems: list[Problem], held_out: list, watch: Watch, metrics: dict
+) -> str:
     """What the trial has measured: of all ranks the longest time and the highest memory."""
     rss = psutil.Process().memory_info().rss
     seconds_of, peaks_of, rss_of = zip(*from_all_ranks((watch.seconds, watch.peaks, rss)))
@@ -417,14 +414,12 @@ def report(config: PlanConfig, prepared: tuple, watch: Watch, metrics: dict) -> 
         sum(file.stat().st_size for file in (config.folder / name).rglob("*")) / GB
         for name in ("state", "model")
     )
-    _, problems, held_out, _ = prepared
     prompt, limit = mean_prompt(problems), config.max_response_tokens
     share = (prompt + MEAN_SHARE * limit) / (prompt + limit)
     step = sum(seconds[phase] for phase in ("sample", "sleep", "score", "update", "sync"))
     evaluation = seconds["sample"] * len(held_out) / config.responses + seconds["export"]
     evaluations = config.steps / config.eval_every + 1
-    saves = config.steps / (config.save_every or config.eval_every)
-    most = config.steps * step + evaluations * evaluation + saves * seconds["copy a state"]
+    most = config.steps * step + evaluations * evaluation
     memory = "GPU" if drgrpo.CUDA else "process"
     return "\n".join(
         [
