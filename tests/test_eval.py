@@ -3,9 +3,11 @@
 import itertools
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -440,6 +442,31 @@ def test_a_task_for_a_reward_of_ones_own_needs_no_answers(config, rewards, tmp_p
         load(config, file)
     (problem,) = load(config, file, reward=f"{rewards}:short")
     assert problem.row == {"problem": "1+1", "checks": ["a"]}
+
+
+def hub(name, split):
+    """In place of load_dataset."""
+    assert (name, split) == ("EleutherAI/asdiv", "validation")
+    row = {"body": "Ellen has six balls.", "question": "How many are left?", "answer": "9 (apples)"}
+    return Dataset.from_list([row])
+
+
+@pytest.mark.project
+def test_the_sets_of_the_page_become_files_of_problems(config, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "evaluate.md").read_text()
+    asdiv, orz = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    dialogue = [{"value": "What is 1+1?"}, {"ground_truth": {"value": "2"}}]
+    (tmp_path / "orz_math_57k_collected.json").write_text(json.dumps([dialogue]))
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    monkeypatch.chdir(tmp_path)
+    exec(asdiv, {})
+    exec(orz, {})
+    monkeypatch.undo()
+    found = [load(config, tmp_path / name)[0] for name in ("asdiv.jsonl", "orz.jsonl")]
+    assert [(problem.text, problem.answers) for problem in found] == [
+        ("Ellen has six balls. How many are left?", ["9"]),
+        ("What is 1+1?", ["2"]),
+    ]
 
 
 # ------------------------------------------------------------------------------ regrade
