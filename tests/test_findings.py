@@ -148,7 +148,7 @@ def test_a_run_with_other_settings_is_removed_and_one_that_fails_says_why(tmp_pa
 
 def test_the_sign_flip_test_tries_every_sign():
     assert common.sign_flip_test([1, 1, 1]) == 2 / 8  # only +++ and --- are as far from 0
-    assert common.sign_flip_test([3, 1]) == 2 / 4
+    assert common.sign_flip_test([3, 1]) == common.sign_flip_test([-3, -1]) == 2 / 4
     assert common.sign_flip_test([1, -1]) == common.sign_flip_test([0, 0]) == 1
     assert common.sign_flip_test([2, 1, -1]) == 6 / 8  # sums 2, 4, 0, 2 and their negatives
     assert common.sign_flip_test([0.1] * 8) == 2 / 256
