@@ -14,48 +14,25 @@ import torch
 from datasets import Dataset, DatasetDict
 
 import eval as evaluation
-from eval import (
-    TASKS,
-    EvalConfig,
-    Z,
-    average,
-    evaluate,
-    interval,
-    load_task,
-    majority,
-    pass_at_k,
-    prepare,
-    regrade,
-    report,
-    response_rows,
-    score,
-    scores_of,
-    scores_table,
-)
+from eval import EvalConfig, Z, interval, pass_at_k, regrade, scores_table
+from support.answers import gold_answers
 from support.data import Problem, load_tokenizer
 from support.grader import Grader
-from tests.helpers import (
-    DATA,
-    ROOT,
-    TOY_EVAL,
-    StoredSampler,
-    boxed,
-    launch,
-    read_jsonl,
-    write_jsonl,
-)
+from tests.helpers import DATA, ROOT, TOY_EVAL, boxed, launch, read_jsonl, write_jsonl
+from tests.helpers import StoredSampler as Stored
 
 RIGHT, WRONG = boxed("0.5"), boxed("3")
 
 
-def evaluate_stored(grader, responses: list[list[str]], finish_reason="stop"):
-    """The graded responses, their scores, and their rows in responses.jsonl."""
+def evaluate(grader, responses: list[list[str]], finish_reason="stop"):
+    """The scores of these responses, and their rows in responses.jsonl."""
     n = len(responses[0])
     problems = [Problem(str(i), [1], ["1/2"]) for i in range(len(responses))]
-    sampler = StoredSampler({str(i): texts for i, texts in enumerate(responses)}, finish_reason)
+    sampler = Stored({str(i): texts for i, texts in enumerate(responses)}, finish_reason)
     config = EvalConfig("model", n=n, temperature=1.0)
-    rollouts = evaluate(sampler, grader, problems, config)
-    return scores_of(rollouts, n, grader), response_rows("task", grader, problems, rollouts)
+    rollouts = evaluation.evaluate(sampler, grader, problems, config)
+    rows = evaluation.response_rows("task", grader, problems, rollouts)
+    return evaluation.scores_of(rollouts, n, grader), rows
 
 
 # ------------------------------------------------------------------------------ statistics
@@ -94,28 +71,19 @@ def test_an_interval_never_claims_certainty_and_stays_within_0_and_1():
     assert interval(0.4, se, 30) == pytest.approx((0.2459, 0.5768), abs=1e-3)
 
 
-def test_the_average_over_benchmarks_is_unweighted_and_its_error_is_that_of_many_repeats():
-    rng, shares, errors = np.random.default_rng(1), [], []
-    for _ in range(2000):
-        results = []
-        for chance, size in ((0.1, 30), (0.7, 500)):
-            share = rng.binomial(size, chance) / size
-            se = (share * (1 - share) / size) ** 0.5
-            results.append({"accuracy": share, "accuracy_se": se, "length": 1.0})
-        scores = average(results)
-        assert scores.keys() == {"accuracy", "accuracy_se"}
-        assert scores["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in results]))
-        shares.append(scores["accuracy"])
-        errors.append(scores["accuracy_se"])
-    assert np.mean(errors) == pytest.approx(np.std(shares), rel=0.1)
-    assert average([{"a": None, "a_se": None}, {"a": 1.0, "a_se": 0.1}]) == {}
+def test_the_average_over_benchmarks_is_unweighted_and_squares_of_errors_add_up():
+    results = [{"accuracy": 0.1, "accuracy_se": 0.03}, {"accuracy": 0.7, "accuracy_se": 0.04}]
+    scores = evaluation.average([result | {"length": 1.0, "problems": 9} for result in results])
+    assert scores == pytest.approx({"accuracy": 0.4, "accuracy_se": 0.05 / 2})
+    assert evaluation.average([{"a": None}, *results]) == {}
+    assert evaluation.average([*results, {"accuracy": None}]) == {}
 
 
 # ------------------------------------------------------------------------------ scores
 
 
 def test_scores_are_those_of_a_count_by_hand(ranks, grader):
-    scores, rows = evaluate_stored(
+    scores, rows = evaluate(
         grader,
         [
             [RIGHT, RIGHT, WRONG, "wait, let me recheck. " + RIGHT],
@@ -141,10 +109,10 @@ def test_a_failed_grading_is_unknown_not_wrong_and_the_score_says_so(ranks, host
     bug, hang = boxed("bug"), boxed("hang")
     with Grader("qwen_math", timeout=1.0) as grader:
         grader.equal = hostile.hostile
-        scores, rows = evaluate_stored(
+        scores, rows = evaluate(
             grader,
             [
-                [RIGHT, RIGHT, bug, WRONG],  # 2 of 3
+                [WRONG, bug, RIGHT, RIGHT],  # 2 of 3
                 [bug, bug, bug, bug],  # in no score
                 [RIGHT, hang, RIGHT, RIGHT],  # 3 of 3
                 [WRONG, WRONG, WRONG, WRONG],
@@ -156,8 +124,8 @@ def test_a_failed_grading_is_unknown_not_wrong_and_the_score_says_so(ranks, host
     assert (scores["pass@2"], scores["pass@2_problems"]) == (pytest.approx(2 / 3), 3)
     assert (scores["pass@4"], scores["pass@4_problems"]) == (0, 1)
     assert (scores["maj@4"], scores["maj@4_problems"]) == (pytest.approx(2 / 3), 3)
-    assert [row["reward"] for row in rows[:6]] == [1, 1, None, 0, None, None]
-    assert [row["correct"] for row in rows[:6]] == [True, True, None, False, None, None]
+    assert [row["reward"] for row in rows[:5]] == [0, None, 1, 1, None]
+    assert [row["correct"] for row in rows[:5]] == [False, None, True, True, None]
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     table = scores_table([{"task": "t", "problems": 4} | scores], 4)
     assert "| t | 4 | 10 of 16 | 0.556 ± " in table
@@ -167,11 +135,9 @@ def test_a_failed_grading_is_unknown_not_wrong_and_the_score_says_so(ranks, host
 
 
 def test_the_majority_is_found_by_equivalence_not_by_string(ranks, grader):
-    def vote(*texts):
-        problem = Problem("p", [1], ["1/2"])
-        sampler = StoredSampler({"p": [boxed(text) if text else "" for text in texts]})
-        config = EvalConfig("model", n=len(texts), temperature=1.0)
-        return majority(evaluate(sampler, grader, [problem], config), grader)
+    def vote(*answers):
+        texts = [boxed(answer) if answer else "" for answer in answers]
+        return evaluate(grader, [texts])[0][f"maj@{len(answers)}"]
 
     assert vote("3", "1/2", "3", "\\frac{1}{2}", "0.5") == 1.0
     assert vote("3", "1/2", "3", "7", "0.5", "3") == 0.0
@@ -181,17 +147,17 @@ def test_the_majority_is_found_by_equivalence_not_by_string(ranks, grader):
 
 
 def test_a_right_answer_in_a_truncated_response_counts(ranks, grader):
-    scores, _ = evaluate_stored(grader, [[RIGHT]], finish_reason="length")
+    scores, _ = evaluate(grader, [[RIGHT]], finish_reason="length")
     assert (scores["accuracy"], scores["truncated"]) == (1, 1)
 
 
 def test_odd_responses_are_never_fatal_and_no_number_is_nan(ranks, grader):
     odd = boxed("0.5") + "\u2028\n\x85\ud800"
     texts = ["", "x" * 100_000, "1/2", boxed("{" * 100_000), "\\boxed{}", odd, "</answer>"]
-    scores, rows = evaluate_stored(grader, [[text] for text in texts])
+    scores, rows = evaluate(grader, [[text] for text in texts])
     assert (scores["accuracy"], scores["unparsed"]) == (1 / 7, 6 / 7)
     assert json.loads(json.dumps(rows))[5]["response"] == odd
-    scores, _ = evaluate_stored(grader, [[RIGHT], [RIGHT]])
+    scores, _ = evaluate(grader, [[RIGHT], [RIGHT]])
     assert scores["length_wrong"] is None
     assert not any(math.isnan(value) for value in scores.values() if value is not None)
 
@@ -199,7 +165,7 @@ def test_odd_responses_are_never_fatal_and_no_number_is_nan(ranks, grader):
 def test_a_reward_of_ones_own_has_an_interval_and_says_nothing_of_right_and_wrong(ranks, rewards):
     texts = ["", "a" * 25, "b" * 100, "c" * 100]  # 1, 0.5, -1, -1
     with Grader("none", reward=f"{rewards}:short") as grader:
-        scores, rows = evaluate_stored(grader, [texts[:2], texts[2:]])
+        scores, rows = evaluate(grader, [texts[:2], texts[2:]])
     se = np.std([0.75, -1]) / 2**0.5
     assert (scores["reward"], scores["reward_se"]) == pytest.approx((-0.125, se))
     assert (scores["reward_low"], scores["reward_high"]) == pytest.approx(
@@ -214,19 +180,19 @@ def test_a_reward_of_ones_own_has_an_interval_and_says_nothing_of_right_and_wron
 
 def test_a_reward_that_fails_is_left_out_and_one_that_mostly_fails_stops(ranks, rewards):
     with Grader("none", reward=f"{rewards}:obey") as grader:
-        scores, _ = evaluate_stored(grader, [["raise"], ["nan"], ["half"]])
+        scores, _ = evaluate(grader, [["raise"], ["nan"], ["half"]])
         assert (scores["reward"], scores["reward_problems"], scores["errors"]) == (0.5, 1, 2)
         assert (scores["reward_low"], scores["reward_high"]) == interval(0.5, 0, 1)
-        scores, _ = evaluate_stored(grader, [["raise"]])
+        scores, _ = evaluate(grader, [["raise"]])
         assert (scores["reward"], scores["graded"]) == (None, 0)
         with pytest.raises(RuntimeError, match=r"(?s)8 of 15 gradings failed.*KeyError: 'oops'"):
-            evaluate_stored(grader, [["raise"]] * 8 + [["fine"]] * 7)
+            evaluate(grader, [["raise"]] * 8 + [["fine"]] * 7)
 
 
 # ------------------------------------------------------------------------------ the command
 
 
-class AnyPrompt(StoredSampler):
+class AnyPrompt(Stored):
     """Answers every second problem right, whatever the model."""
 
     def __init__(self, model, context, seed):
@@ -248,8 +214,8 @@ def command(ranks, monkeypatch):
 
     def give(config, sampler=AnyPrompt):
         monkeypatch.setattr(evaluation, "Sampler", sampler)
-        model, tasks = prepare(config)
-        report(config, model, score(config, model, tasks))
+        model, tasks = evaluation.prepare(config)
+        evaluation.report(config, model, evaluation.score(config, model, tasks))
         return json.loads((config.folder / "results.json").read_text())
 
     monkeypatch.setattr(evaluation, "start_ranks", lambda: None)
@@ -294,7 +260,7 @@ def test_nothing_of_an_earlier_command_is_shown_or_kept(command, config, tmp_pat
     class Silent(AnyPrompt):
         def generate(self, problems, *arguments):
             self.responses = {problem.prompt: ["no box"] for problem in problems}
-            return StoredSampler.generate(self, problems, *arguments)
+            return Stored.generate(self, problems, *arguments)
 
     class Dies(AnyPrompt):
         def generate(self, problems, *arguments):
@@ -313,7 +279,7 @@ def test_nothing_of_an_earlier_command_is_shown_or_kept(command, config, tmp_pat
 def test_a_link_is_followed_once_and_the_folder_is_named_after_the_model(toy, config, tmp_path):
     (tmp_path / "model").symlink_to(toy / "model")
     linked = replace(config, model=str(tmp_path / "model"), output=None)
-    assert prepare(linked)[0] == str((toy / "model").resolve())
+    assert evaluation.prepare(linked)[0] == str((toy / "model").resolve())
     assert str(replace(linked, model="Qwen/Qwen2.5").folder) == "runs/eval/Qwen-Qwen2.5"
     assert str(replace(linked, model="runs/toy/model/").folder) == "runs/eval/runs-toy-model"
 
@@ -357,7 +323,7 @@ def test_the_command_scores_what_it_writes_and_two_ranks_score_as_one(toy, tmp_p
 ])  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused_with_what_to_do(config, settings, message):
     with pytest.raises(ValueError, match=message):
-        prepare(replace(config, **settings))
+        evaluation.prepare(replace(config, **settings))
 
 
 # ------------------------------------------------------------------------------ benchmarks
@@ -365,32 +331,33 @@ def test_what_cannot_be_evaluated_is_refused_with_what_to_do(config, settings, m
 
 def load(config, file, **settings):
     tokenizer = load_tokenizer(config.model, 100)
-    return load_task(str(file), tokenizer, replace(config, limit=None, **settings))
+    return evaluation.load_task(str(file), tokenizer, replace(config, limit=None, **settings))
 
 
-def golds_that_score_0(problems, grader):
-    golds = [(gold, problem.answers) for problem in problems for gold in problem.answers]
-    rewards = grader.grade([boxed(gold) for gold, _ in golds], [answers for _, answers in golds])
-    return [gold for (gold, _), reward in zip(golds, rewards, strict=True) if reward != 1]
+def golds_that_score_0(golds: list[list[str]], grader):
+    """Of each problem's golds, those that do not score when they are the boxed answer."""
+    pairs = [(gold, of_problem) for of_problem in golds for gold in of_problem]
+    rewards = grader.grade([boxed(gold) for gold, _ in pairs], [golds for _, golds in pairs])
+    return [gold for (gold, _), reward in zip(pairs, rewards, strict=True) if reward != 1]
 
 
 SIZES = {"aime24": 30, "amc23": 83, "math500": 500, "minerva": 272, "olympiadbench": 675}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", evaluation.TASKS)
 def test_every_gold_of_every_benchmark_boxed_scores_1(config, grader, task):
     if not (DATA / f"{task}.jsonl").exists():
         pytest.skip("set DRGRPO_DATA to the folder of the benchmarks' .jsonl files")
     problems = load(config, DATA / f"{task}.jsonl", max_prompt_tokens=10**6)
     assert len(problems) == SIZES[task]
-    assert golds_that_score_0(problems, grader) == []
+    assert golds_that_score_0([problem.answers for problem in problems], grader) == []
 
 
-def test_golds_in_the_styles_of_the_benchmarks_score_1_when_they_are_boxed(config, grader):
-    problems = load(config, ROOT / "tests" / "golds.jsonl", max_prompt_tokens=10**6)
-    assert len(problems) > 40
-    assert golds_that_score_0(problems, grader) == []
+def test_golds_in_the_styles_of_the_benchmarks_score_1_when_they_are_boxed(grader):
+    golds = [gold_answers(row["answer"]) for row in read_jsonl(ROOT / "tests" / "golds.jsonl")]
+    assert len(golds) > 40
+    assert golds_that_score_0(golds, grader) == []
 
 
 def test_a_benchmark_is_never_scored_in_part(config, tmp_path):
@@ -412,28 +379,19 @@ def test_a_benchmark_is_never_scored_in_part(config, tmp_path):
     assert 30 < len(problem.prompt_ids) < 130, "a long prompt has a shorter response"
 
 
-@pytest.mark.parametrize("kind", ["json", "arrow", "folder", "folder of splits"])
-def test_a_task_is_a_file_or_a_folder_of_any_kind_and_its_marker_is_cut(config, tmp_path, kind):
+def test_a_task_is_a_file_or_a_folder_with_splits_and_columns_of_its_own(config, tmp_path):
     rows = [{"question": f"{i}+1", "gold": f"so #### {i + 1}"} for i in range(3)]
-    data, path = Dataset.from_list(rows), tmp_path / f"task.{kind}"
-    if kind == "json":
-        data.to_json(path, lines=False)
-    elif kind == "arrow":
-        data.save_to_disk(tmp_path / "saved")
-        next((tmp_path / "saved").glob("*.arrow")).rename(path)
-    elif kind == "folder":
-        data.save_to_disk(path)
-    else:
-        DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(path)
+    data = Dataset.from_list(rows)
+    data.to_parquet(tmp_path / "task.parquet")
+    DatasetDict({"train": data.select([0]), "test": data}).save_to_disk(tmp_path / "task")
     columns = dict(problem_column="question", answer_column="gold")
-    cut = load(config, path, **columns, answer_marker="####")
-    assert [problem.answers for problem in cut] == [["1"], ["2"], ["3"]]
-    whole = load(config, path, **columns)
-    assert [problem.answers for problem in whole] == [[row["gold"]] for row in rows]
-    if kind == "folder of splits":
-        assert len(load(config, path, **columns, split="train")) == 1
-        with pytest.raises(ValueError, match="no split 'dev'; it has 'train', 'test'"):
-            load(config, path, **columns, split="dev")
+    for path in (tmp_path / "task.parquet", tmp_path / "task"):
+        cut = load(config, path, **columns, answer_marker="####")
+        assert [problem.answers for problem in cut] == [["1"], ["2"], ["3"]]
+    assert load(config, path, **columns)[0].answers == ["so #### 1"]
+    assert len(load(config, path, **columns, split="train")) == 1
+    with pytest.raises(ValueError, match="no split 'dev'; it has 'train', 'test'"):
+        load(config, path, **columns, split="dev")
 
 
 def test_a_task_for_a_reward_of_ones_own_needs_no_answers(config, rewards, tmp_path):
