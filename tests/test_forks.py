@@ -198,22 +198,22 @@ def test_clip_higher_clips_at_another_ratio_above_one(fork):
 
 def test_gspo_has_one_ratio_for_a_response(fork):
     """With the division by the length it is GSPO's formula; clipped and unclipped responses."""
-    logs, mask = [[0.3, -0.1, 0.1], [0.2, 0.6, 9.0]], [[1, 1, 1], [1, 1, 0]]
-    ratios = [math.exp(0.1), math.exp(0.4)]  # of the means over 3 and 2 tokens
+    logs, mask = [[0.3, -0.1, 9.0], [0.2, 0.6, 0.4]], [[1, 1, 0], [1, 1, 1]]
+    ratio = math.exp(0.1)  # of the mean over the first one's 2 tokens; the second is above 1.2
     module, both = fork("gspo"), [1.0, 2.0]
     loss, slopes, sums = loss_of(module, logs, both, mask, 2, divide_by_length=True)
-    assert loss == pytest.approx(-(ratios[0] + 2 * 1.2) / 2), "the second is above 1.2"
-    expected = torch.tensor([[-ratios[0] / 3 / 2] * 3, [0.0] * 3])
+    assert loss == pytest.approx(-(ratio + 2 * 1.2) / 2)
+    expected = torch.tensor([[-ratio / 2 / 2, -ratio / 2 / 2, 0.0], [0.0] * 3])
     torch.testing.assert_close(slopes, expected)
-    assert sums["clipped"] == 2, "both tokens of the second response"
-    k3 = sum(math.exp(x) - 1 - x for x in (0.3, -0.1, 0.1, 0.2, 0.6))
+    assert sums["clipped"] == 3, "all tokens of the second response"
+    k3 = sum(math.exp(x) - 1 - x for x in (0.3, -0.1, 0.2, 0.6, 0.4))
     assert sums["kl"].item() == pytest.approx(k3, rel=1e-5), "kl stays that of the tokens"
-    summed, slopes, _ = loss_of(module, logs, both, mask, 2)
-    assert summed == pytest.approx(-(3 * ratios[0] + 2 * 2 * 1.2) / 2)
-    torch.testing.assert_close(slopes, expected * 3)
-    weights = torch.tensor([[0.5, 1.0, 3.0], [1.0, 1.0, 1.0]])
+    loss, slopes, _ = loss_of(module, logs, both, mask, 2)
+    assert loss == pytest.approx(-(2 * ratio + 3 * 2 * 1.2) / 2)
+    torch.testing.assert_close(slopes, expected * 2)
+    weights = torch.tensor([[0.5, 2.5, 9.0], [1.0, 1.0, 1.0]])
     _, slopes, _ = loss_of(module, logs, both, mask, 2, importance_weights=weights)
-    torch.testing.assert_close(slopes, expected * 3 * 1.5), "the mean of 0.5, 1 and 3"
+    torch.testing.assert_close(slopes, expected * 2 * 1.5), "times the mean of 0.5 and 2.5"
 
 
 @pytest.mark.parametrize("world", [1, 3])
