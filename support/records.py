@@ -263,13 +263,10 @@ class Records:
             )
             for row in read_rows(self.folder / "metrics.jsonl"):
                 if row["step"] >= self.wandb.step:  # a killed run had not sent it
-                    self.wandb.log(row, step=row["step"])
+                    self.send(row)
 
-    def add(self, row: dict, problems: list[Problem], rollouts: list) -> None:
-        """Append a step to metrics.jsonl, and its responses to samples.jsonl."""
-        samples = sample_rows(row["step"], problems, rollouts)
-        append_rows(self.folder / "metrics.jsonl", [row])
-        append_rows(self.folder / "samples.jsonl", samples)
+    def send(self, row: dict) -> None:
+        """Give a step to the tracker."""
         numbers = {key: value for key, value in row.items() if value is not None}
         if self.tensorboard:
             for key, value in numbers.items():
@@ -277,6 +274,13 @@ class Records:
             self.tensorboard.flush()  # so that a killed run loses no point
         if self.wandb:
             self.wandb.log(numbers, step=row["step"])
+
+    def add(self, row: dict, problems: list[Problem], rollouts: list) -> None:
+        """Append a step to metrics.jsonl, and its responses to samples.jsonl."""
+        samples = sample_rows(row["step"], problems, rollouts)
+        append_rows(self.folder / "metrics.jsonl", [row])
+        append_rows(self.folder / "samples.jsonl", samples)
+        self.send(row)
         say(headline(row, self.config.steps))
         warn_of(row, samples, self.stop, self.config.truncated_reward)
         if any(key.startswith("eval_") for key in row):

@@ -90,8 +90,8 @@ def train(change=lambda sampler: None, **settings) -> FakeSampler:
 
     with (
         mock.patch.object(drgrpo, "start", start),
-        mock.patch.object(support.run, "check_model", lambda *given: None),
-        mock.patch.object(support.records, "plot_curves", lambda folder: None),
+        mock.patch.object(support.run, "check_model"),
+        mock.patch.object(support.records, "plot_curves"),
     ):
         prepared = support.run.prepare(config)
         assert not is_finished(config)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -69,7 +70,8 @@ def kill_and_stop(folder, name, ranks, send):
     stop. `send` gets the process and a signal's number."""
     process = begin(folder, name, ranks)
     wait_for(process, folder / "runs" / name / "metrics.jsonl", '{"step": 0')
-    os.killpg(process.pid, signal.SIGKILL)  # with its ranks and grading workers
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        each.kill()  # ranks and grading workers, too
     process.wait()
     process = begin(folder, name, ranks)
     wait_for(process, folder / f"{name}.log", f"runs/{name}")  # "... goes on from step"
