@@ -77,6 +77,7 @@ def plan(config: PlanConfig, problems: list[Problem], held_out: list, dropped: d
     updates = config.responses // config.responses_per_update
     parts = learner_memory(config, model, batches)
     table = [[name, f"{size / GB:.1f}", how] for name, size, how in parts]
+    dropped = {reason: count for reason, count in dropped.items() if count}
     lines = [
         f"{config.name}: {config.model} on {config.nodes} x {config.gpus} GPU(s), "
         f"{config.steps} steps\n",
@@ -125,11 +126,11 @@ def hours(config: PlanConfig, weights: int, prompt: float) -> str:
     some response reaches the limit, so there are as many of them as that has tokens.
     """
     # One pass forward, two backward, one more for checkpointing, one for the old log-probs
-    passes = 4 + config.activation_checkpointing
+    flops = 2 * weights * (4 + config.activation_checkpointing)  # per token
     ends = []
     for share, mfu, overhead in zip(BRIEF_LONG, MFU, OVERHEAD, strict=True):
         tokens = config.responses * (prompt + share * config.max_response_tokens)
-        learning = passes * 2 * weights * tokens / (config.gpus * config.nodes * GPU_FLOPS * mfu)
+        learning = flops * tokens / (config.gpus * config.nodes * GPU_FLOPS * mfu)
         sampling = config.max_response_tokens * (2 * weights / GPU_BYTES + overhead)
         ends.append(config.steps * (sampling + learning) / 3600)
     return (
@@ -252,10 +253,9 @@ def trial(config: PlanConfig) -> None:
     """Measure in a scratch folder, which is removed. Exits with code 1 if something must stop."""
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     nodes = int(os.environ.get("WORLD_SIZE", 1)) // local
-    config = replace(config, name=f"{config.name}-try", gpus=local, nodes=nodes)
+    config = replace(config, name=f"{config.name}-try", gpus=local, nodes=nodes, track="no")
     if rank == 0:  # if it ends, torchrun ends the others
-        shutil.rmtree(config.folder, ignore_errors=True)
-        config.folder.mkdir(parents=True)
+        shutil.rmtree(config.folder, ignore_errors=True)  # of a trial that was killed
         refuse_small_machine(config)
     prepared = prepare(config)
     watch, give_rewards = Watch(), drgrpo.give_rewards
@@ -268,21 +268,24 @@ def trial(config: PlanConfig) -> None:
         return rollouts
 
     drgrpo.timed, drgrpo.give_rewards = watch, half_right
-    try:
-        measured = measure(config, prepared, watch)
-    except Exception as error:
-        phase = watch.phases[-1] if watch.phases else "comparison"
-        print(f"stop: rank {rank}, {phase}: {error}\n{ladder(config, phase)}", flush=True)
-        raise
+    with ExitStack() as ends:
+        if rank == 0:
+            ends.callback(shutil.rmtree, config.folder)
+        try:
+            measured = measure(config, prepared, watch, ends)
+        except Exception as error:  # said at once: without this rank, the others may not end
+            phase = watch.phases[-1] if watch.phases else "comparison"
+            print(f"stop: rank {rank}, {phase}: {error}\n{ladder(config, phase)}", flush=True)
+            raise
     if rank == 0:
-        shutil.rmtree(config.folder)
         print(measured)
 
 
 def refuse_small_machine(config: PlanConfig) -> None:
     """Say what the run needs of disk and host, and what is free; exit if that is less."""
     disk, host = needs(config, numel(meta_model(config.model)))
-    disk_free = shutil.disk_usage(config.folder).free
+    config.folder.parent.mkdir(exist_ok=True)
+    disk_free = shutil.disk_usage(config.folder.parent).free
     for name, need, free in (("disk", disk, disk_free), ("host's memory", host, host_free())):
         line = f"{name}: {need / GB:.3f} GB needed, {free / GB:.3f} GB free"
         if need > free:
@@ -310,37 +313,34 @@ def ladder(config: PlanConfig, phase: str) -> str:
     return f"If memory ran out, try in this order: {', '.join([*rungs, 'more GPUs'])}"
 
 
-def measure(config: PlanConfig, prepared: tuple, watch: "Watch") -> str:
+def measure(config: PlanConfig, prepared: tuple, watch: "Watch", ends: ExitStack) -> str:
     """Make two steps, a state and an export. Returns the report, of all ranks.
 
     Raises RuntimeError if a state comes back other than it was.
     """
     tokenizer, problems, held_out, dropped = prepared
-    with ExitStack() as ends:
-        with watch({}, "start"):
-            policy, optimizer, sampler, grader = ends.enter_context(drgrpo.start(config))
-            run = Run(config, tokenizer, problems, held_out, dropped, policy, optimizer)
-            ends.enter_context(run)
-        let_no_response_end(sampler)
-        for step in range(2):  # the first one warms up
-            metrics, _ = drgrpo.train_step(
-                config, step, problems, policy, optimizer, sampler, grader
-            )
-        with watch({}, "copy a state"):
-            run.states.save(2)
-        with watch({}, "write a state"):
-            run.states.wait()
-        saved = [tensor.cpu().clone() for tensor in shards(policy, optimizer)]
-        for tensor in shards(policy, optimizer):
-            tensor.zero_()
-        with watch({}, "load a state"):
-            step = run.states.load()
-        loaded = [tensor.cpu() for tensor in shards(policy, optimizer)]
-        if step != 2 or not all(map(torch.equal, saved, loaded)):
-            raise RuntimeError("the state that was loaded is not the one that was to be saved")
-        with watch({}, "export"):
-            run.export(2, {}, drgrpo.full_weights(policy.model, policy.saved_dtype))
-        return report(config, problems, held_out, watch, metrics)
+    with watch({}, "start"):
+        policy, optimizer, sampler, grader = ends.enter_context(drgrpo.start(config))
+        run = Run(config, tokenizer, problems, held_out, dropped, policy, optimizer)
+        ends.enter_context(run)
+    let_no_response_end(sampler)
+    for step in range(2):  # the first one warms up
+        metrics, _ = drgrpo.train_step(config, step, problems, policy, optimizer, sampler, grader)
+    with watch({}, "copy a state"):
+        run.states.save(2)
+    with watch({}, "write a state"):
+        run.states.wait()
+    saved = [tensor.to("cpu", copy=True) for tensor in shards(policy, optimizer)]
+    for tensor in shards(policy, optimizer):
+        tensor.zero_()
+    with watch({}, "load a state"):
+        step = run.states.load()
+    loaded = [tensor.cpu() for tensor in shards(policy, optimizer)]
+    if step != 2 or not all(map(torch.equal, saved, loaded)):
+        raise RuntimeError("the state that was loaded is not the one that was to be saved")
+    with watch({}, "export"):
+        run.export(2, {}, drgrpo.full_weights(policy.model, policy.saved_dtype))
+    return report(config, problems, held_out, watch, metrics)
 
 
 def shards(policy: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -389,6 +389,9 @@ class Watch:
         self.seconds[phase] = metrics[f"seconds_{phase}"]
 
 
+MEMORY = "GPU" if drgrpo.CUDA else "process"
+
+
 def memory_in_use() -> float:
     """Bytes: of this rank's GPU, by all processes; without a GPU, of this process."""
     if not drgrpo.CUDA:
@@ -406,35 +409,32 @@ def report(
     rss = psutil.Process().memory_info().rss
     seconds_of, peaks_of, rss_of = zip(*from_all_ranks((watch.seconds, watch.peaks, rss)))
     seconds = {phase: max(rank[phase] for rank in seconds_of) for phase in watch.seconds}
-    rows = []
-    for phase, value in seconds.items():
-        peak = max(rank[phase] for rank in peaks_of)
-        rows.append([phase, f"{value:.2f}", f"{peak / GB:.2f}"])
-    state, model = (
-        sum(file.stat().st_size for file in (config.folder / name).rglob("*")) / GB
-        for name in ("state", "model")
-    )
+    peaks = {phase: max(rank[phase] for rank in peaks_of) for phase in watch.peaks}
+    rows = [[phase, f"{seconds[phase]:.2f}", f"{peaks[phase] / GB:.2f}"] for phase in seconds]
+    state, model = (folder_gb(config.folder / name) for name in ("state", "model"))
     prompt, limit = mean_prompt(problems), config.max_response_tokens
     share = (prompt + MEAN_SHARE * limit) / (prompt + limit)
     step = sum(seconds[phase] for phase in ("sample", "sleep", "score", "update", "sync"))
     evaluation = seconds["sample"] * len(held_out) / config.responses + seconds["export"]
-    evaluations = config.steps / config.eval_every + 1
-    most = config.steps * step + evaluations * evaluation
-    memory = "GPU" if drgrpo.CUDA else "process"
-    return "\n".join(
-        [
-            markdown(["phase", "seconds", f"highest memory of a {memory}, GB"], rows),
-            f"\ngap       {metrics['gap']:.2g} nats per token; all responses have "
-            f"{metrics['length']:.0f} tokens",
-            f"saving    {state:.3f} GB in {seconds['write a state']:.2f} s, while a run goes on; "
-            f"it came back equal. A model has {model:.3f} GB",
-            f"host      {sum(rss_of) / config.nodes / GB:.2f} GB per node in all processes",
-            f"hours     at most {most / 3600:,.2f}, if all responses have full length; "
-            f"{share * most / 3600:,.2f} if they have\n          {MEAN_SHARE:.0%} of it on average "
-            "(assumed) and time follows the tokens",
-            "versions  " + ", ".join(f"{name} {value}" for name, value in versions().items()),
-        ]
-    )
+    most = config.steps * step + (config.steps / config.eval_every + 1) * evaluation
+    write = seconds["write a state"]
+    lines = [
+        markdown(["phase", "seconds", f"highest memory of a {MEMORY}, GB"], rows),
+        f"\ngap       {metrics['gap']:.2g} nats per token; all responses have "
+        f"{metrics['length']:.0f} tokens",
+        f"saving    {state:.3f} GB at {state / write:.3f} GB/s, while a run goes on; it came back "
+        f"equal. A model has {model:.3f} GB",
+        f"host      {sum(rss_of) / config.nodes / GB:.2f} GB per node in all processes",
+        f"hours     at most {most / 3600:,.2f}, if all responses have full length; "
+        f"{share * most / 3600:,.2f} if they have\n          {MEAN_SHARE:.0%} of it on average "
+        "(assumed) and time follows the tokens",
+        "versions  " + ", ".join(f"{name} {value}" for name, value in versions().items()),
+    ]
+    return "\n".join(lines)
+
+
+def folder_gb(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*")) / GB
 
 
 def main() -> None:

@@ -119,12 +119,9 @@ def seven_b(toy, tmp_path):
     return replace(CONFIG, model=str(tmp_path), **data)
 
 
-def text_of(config):
-    return plan.plan(config, *load_data(config)[1:])
-
-
 def test_a_plan_needs_no_weights(seven_b):
-    text = text_of(seven_b)
+    _, *data = load_data(seven_b)
+    text = plan.plan(seven_b, *data)
     assert "7,615,616,512 parameters in 28 layers" in text
     assert "5000 problems, 500 held out" in text
     # 128 responses of 3000 tokens and their prompts over 8 GPUs, 16,384 tokens at a time
@@ -133,16 +130,16 @@ def test_a_plan_needs_no_weights(seven_b):
     assert "host      122.6 GB per node" in text  # 14 B per weight, and 2 GB per rank
     assert "| in all | 29.1 |" in text
     assert "24 GB: does not fit; 40 GB: " in text
-    assert "host      244.5 GB" in text_of(replace(seven_b, offload=True))
-    assert "at most 2 micro-batch(es)" in text_of(replace(seven_b, nodes=2))
+    assert "host      244.5 GB" in plan.plan(replace(seven_b, offload=True), *data)
+    assert "at most 2 micro-batch(es)" in plan.plan(replace(seven_b, nodes=2), *data)
 
 
-def test_the_reckoned_hours_by_hand(seven_b):
+def test_the_reckoned_hours_by_hand():
     """The lower end: short responses, 40% of 8 x 989 TFLOPS, 2 ms and all weights a step."""
     weights, tokens = 7_615_616_512, 1024 * (100 + 0.15 * 3000)
     learning = 5 * 2 * weights * tokens / (8 * 989e12 * 0.4)
     sampling = 3000 * (2 * weights / 3350e9 + 0.002)
-    text = plan.hours(seven_b, weights, 100)
+    text = plan.hours(CONFIG, weights, 100)
     assert f"{300 * (learning + sampling) / 3600:.1f} to " in text
 
 
@@ -240,6 +237,21 @@ def test_too_small_a_disk_or_host_stops_before_anything_is_loaded(fake_trial, mo
         fake_trial()
 
 
+def test_the_measured_hours_by_hand(ranks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    watch = plan.Watch()
+    names = ("sample", "sleep", "score", "update", "sync", "write a state", "export")
+    watch.seconds = dict(zip(names, (100.0, 1.0, 2.0, 50.0, 7.0, 9.0, 30.0)))
+    watch.peaks = dict.fromkeys(names, 5e9)
+    problem, metrics = Problem("", [0] * 100, []), {"gap": 0.01, "length": 3000}
+    text = plan.report(CONFIG, [problem], [problem] * 512, watch, metrics)
+    # 300 steps of 160 s; evaluated 19.75 times: half as many responses as in a step, and an export
+    assert f"hours     at most {(300 * 160 + 19.75 * (50 + 30)) / 3600:.2f}, if" in text
+    assert f"{(300 * 160 + 19.75 * 80) / 3600 * 800 / 3100:.2f} if they have" in text
+    assert "| update | 50.00 | 5.00 |" in text
+
+
+@pytest.mark.slow
 def test_no_response_ends_and_log_probs_stay_right(engine, monkeypatch):
     sampler, policy, config = engine
     monkeypatch.setattr(sampler.llm, "generate", sampler.llm.generate)  # it comes back
