@@ -137,13 +137,12 @@ def test_a_chat_prompt_has_the_ids_that_the_tokenizers_own_chat_gives(tmp_path):
 def test_a_tokenizer_that_ends_any_text_in_eos_does_not_end_the_prompt(tokenizer):
     plain = prompt_ids(tokenizer, "1+1")
     eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    assert prompt_ids(tokenizer, "1+1" + eos) == [*plain, eos_id], "the template's own stays"
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {eos}", special_tokens=[(eos, eos_id)]
     )
     assert tokenizer("1+1")["input_ids"] == [*plain, eos_id]
     assert prompt_ids(tokenizer, "1+1") == plain
-    written = prompt_ids(tokenizer, "1+1" + eos)
-    assert written[: len(plain) + 1] == [*plain, eos_id], "the template's own stays"
 
 
 # ------------------------------------------------------------------------------ problems

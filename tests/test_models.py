@@ -237,11 +237,15 @@ def test_the_gradient_of_a_bf16_head_is_summed_in_fp32(monkeypatch):
     assert weight.grad.flatten().tolist() == [1, -1]  # half of 1 + 256/256
 
 
-def test_bf16_logits_become_fp32_log_probs():
-    model, batch = tiny_model().bfloat16(), collate(some_rollouts())
-    logprobs = token_logprobs(model, batch.ids, batch.response_mask)
+def test_a_bf16_head_makes_logits_that_were_never_rounded_to_bf16():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 16).bfloat16(), torch.randn(50, 16).bfloat16()
+    targets = torch.randint(0, 50, (40,))
+    logits = hidden.double() @ weight.double().T
+    expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0].float()
+    logprobs = HeadLogprobs.apply(hidden, weight, targets, 1.0)
     assert logprobs.dtype == torch.float32
-    assert (logprobs != logprobs.bfloat16()).any()
+    assert torch.allclose(logprobs, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("tied", [True, False])
