@@ -15,6 +15,7 @@ from support.data import Problem
 from support.grader import Grader
 from support.run import start_ranks
 from tests.helpers import ROOT, TOY, FakeSampler, tiny_model
+from tests.runs import furnish
 from toy import make_toy
 
 
@@ -111,6 +112,23 @@ def fake_run(ranks, toy, tmp_path, monkeypatch):
         return sampler
 
     return run
+
+
+@pytest.fixture(scope="session")
+def base(ranks, toy, tmp_path_factory):
+    """A tiny model with the toy's tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
+    tiny_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def here(base, tmp_path, monkeypatch):
+    """The current folder, with what a run needs."""
+    monkeypatch.chdir(tmp_path)
+    return furnish(tmp_path, base)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,8 @@ def begin(folder, name, ranks=1):
     it prints to NAME.log."""
     ours = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
     environment = {key: value for key, value in os.environ.items() if key not in ours}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "--"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun += ["--shutdown-timeout=200", "--"]  # else it kills a step of more than 30 s
     command = [sys.executable, *(torchrun if ranks > 1 else []), "drgrpo.py", "toy", *SETTINGS]
     with (folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(
