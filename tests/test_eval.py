@@ -189,6 +189,36 @@ def test_a_reward_that_fails_is_left_out_and_one_that_mostly_fails_stops(ranks, 
             evaluate(grader, [["raise"]] * 8 + [["fine"]] * 7)
 
 
+def test_a_rank_takes_every_second_problem_of_two_ranks(ranks, grader, monkeypatch):
+    monkeypatch.setattr(evaluation.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(evaluation.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(evaluation, "from_all_ranks", lambda value: [value])
+    texts = [[RIGHT], [WRONG], [WRONG], [boxed("0.50")]]
+    rows = evaluate(grader, texts)[1]
+    assert [(row["problem"], row["prompt"], row["answer"]) for row in rows] == [
+        (1, "1", "3"),
+        (3, "3", "0.50"),
+    ]
+
+
+def test_the_sampler_is_asked_as_the_settings_say_and_no_two_draws_share_a_seed(ranks):
+    asked = []
+
+    class Notes(Stored):
+        def generate(self, problems, seeds, *how):
+            asked.append((seeds, how))
+            return super().generate(problems, seeds, *how)
+
+    problems = [Problem(str(i), [1], ["2"]) for i in range(3)]
+    sampler = Notes({str(i): ["", ""] for i in range(3)})
+    with Grader("r1") as grader:
+        for seed in (0, 1):
+            config = EvalConfig("m", n=2, temperature=0.7, max_response_tokens=9, seed=seed)
+            evaluation.evaluate(sampler, grader, problems, config)
+    assert [how for _, how in asked] == [(2, 9, 0.7, ("</answer>",))] * 2
+    assert len({seed for seeds, _ in asked for seed in seeds}) == 6
+
+
 # ------------------------------------------------------------------------------ the command
 
 
