@@ -3,11 +3,8 @@
 What cannot be used is refused before a model loads, with what to do.
 """
 
-import importlib.util
 import itertools
-import re
 import string
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +12,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
-from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer
+from transformers import AutoConfig, AutoTokenizer, GemmaTokenizer, LlamaTokenizer
 
 import support.run
 from drgrpo import PRESETS
@@ -27,7 +24,6 @@ from support.data import (
     prompt_ids,
     step_problems,
 )
-from support.records import check_tracker, warn_of
 from support.run import prepare
 from templates import TEMPLATES, last_boxed
 from tests.helpers import TOY, tiny_model, write_jsonl
@@ -110,7 +106,8 @@ def new_tokenizer(kind, folder, *special, chat_template=None):
 
 LLAMA = (LlamaTokenizer, "<unk>", "<s>", "</s>")
 GEMMA = (GemmaTokenizer, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-CHAT = "{{ bos_token }}user:\n{{ messages[0]['content'] }}\nmodel:\n"
+CHAT = "{{ bos_token }}user:\n{{ messages[0]['content'] }}\n"
+CHAT += "{% if add_generation_prompt %}model:\n{% endif %}"
 
 
 @pytest.mark.parametrize("chat", [CHAT, CHAT.replace("{{ bos_token }}", "")])
@@ -154,6 +151,14 @@ def tokenizer(toy):
     return load_tokenizer(str(toy / "model"), 100)
 
 
+def test_prompt_and_response_must_fit_into_the_models_context(toy):
+    model = str(toy / "model")
+    longest = AutoConfig.from_pretrained(model).max_position_embeddings
+    load_tokenizer(model, longest)
+    with pytest.raises(ValueError, match=f"is {longest}: lower --max-prompt-tokens"):
+        load_tokenizer(model, longest + 1)
+
+
 def saved(data, kind, folder):
     """The path of a dataset that is stored in this way."""
     file = str(folder / f"data.{kind}")
@@ -185,9 +190,10 @@ def test_problems_are_read_filtered_and_counted(tokenizer, tmp_path, kind):
     }
     file = saved(Dataset.from_dict(rows), kind, tmp_path)
     settings = dict(levels=(3, 5), problem_column="question", answer_marker="####")
-    problems, dropped = load_problems(file, tokenizer, TEMPLATES["none"], 64, **settings)
+    first = rows["question"][0]
+    longest = len(tokenizer(first)["input_ids"])
+    problems, dropped = load_problems(file, tokenizer, TEMPLATES["none"], longest, **settings)
     found = [(p.prompt, p.text, p.answers) for p in problems]
-    first = "What is 1+1?\n"
     assert found == [(first, first, ["2"]), ("5+5", "5+5", ["1,010"])]
     assert dropped == {"level": 2, "no_answer": 1, "too_long": 1}
     assert problems[0].prompt_ids == tokenizer(first)["input_ids"]
@@ -297,7 +303,6 @@ def no_model(toy, monkeypatch, tmp_path):
 @pytest.mark.parametrize("settings, message", [
     ({"model": "runs/no/such/model"}, "no model at.*`python toy.py` makes the toy's"),
     ({"model": "pickled"}, r"pickled has no \*.safetensors file: .* save_pretrained"),
-    ({"max_response_tokens": 10_000}, "lower --max-prompt-tokens"),
     ({"dataset": "nowhere.jsonl"}, "no file nowhere.jsonl: .*`python toy.py` makes the toy's"),
     ({"dataset": "nowhere.arrow"}, "no file nowhere.arrow"),
     ({"problem_column": "question"}, "has problem, answer"),
@@ -331,36 +336,6 @@ def test_a_reward_that_fails_on_a_first_row_is_found_before_a_model_loads(
     config = replace(TOY, reward=f"{rewards}:on_the_first_row", **files)
     with pytest.raises(ValueError, match=f"failed on an empty response to the row .*{does}"):
         prepare(config)
-
-
-def test_a_tracker_whose_package_is_missing_is_refused(monkeypatch):
-    there = {"tensorboard"}
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
-    check_tracker("no")
-    check_tracker("tensorboard")
-    with pytest.raises(ValueError, match="--track wandb needs `pip install wandb`"):
-        check_tracker("wandb")
-
-
-HEALTHY = {"timeouts": 0, "errors": 0, "groups_without_signal": 0.9, "truncated": 0.5}
-
-
-@pytest.mark.parametrize("change, reward, message", [
-    ({}, 0.0, ""),
-    ({"truncated": 0.51}, 0.0, "truncated; EOS or '</answer>' ends a response. .*--max-response"),
-    ({"timeouts": 1}, 0.0, "gradings or more failed"),
-    ({"errors": 1}, 0.0, "gradings or more failed"),
-    ({"groups_without_signal": 1.0}, 0.0, "nothing was learned"),
-    ({}, -0.1, "lower --truncated-reward"),
-])  # fmt: skip
-def test_what_looks_wrong_in_a_step_is_a_warning(change, reward, message):
-    samples = [{"reward": None}] * 99 + [{"reward": reward}]
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        warn_of(HEALTHY | change, samples, ("</answer>",), 0.0)
-        warn_of({"eval_truncated": 1.0}, [], ("</answer>",), 0.0)  # only an evaluation
-    found = [str(warning.message) for warning in seen]
-    assert len(found) == (1 if message else 0) and re.search(message, "".join(found))
 
 
 # ------------------------------------------------------------------------------ order and seeds
