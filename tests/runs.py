@@ -7,12 +7,13 @@ import itertools
 import json
 import os
 import pkgutil
+import random
 import signal
 import socket
 import subprocess
 import sys
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -152,9 +153,7 @@ def on_ranks(world: int, function, *arguments, folder: Path, nodes=1, fails=Fals
 
     Arguments and results are those that JSON knows. If one rank fails, the others are killed.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    jobs = []
+    port, jobs = free_port(), []
     for rank in range(world):
         environment = {"RANK": rank, "LOCAL_RANK": rank % (world // nodes), "WORLD_SIZE": world}
         environment |= {"LOCAL_WORLD_SIZE": world // nodes}
@@ -171,6 +170,14 @@ def on_ranks(world: int, function, *arguments, folder: Path, nodes=1, fails=Fals
     assert any(codes) == fails, f"{codes}\n{printed[-4000:]}"
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("result-*.json"))]
     return Done(codes, results, printed)
+
+
+def free_port() -> int:
+    """Not one that the system hands out: somebody else could get it before we use it."""
+    for port in random.sample(range(15000, 30000), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no free port")
 
 
 @functools.cache
