@@ -248,7 +248,7 @@ def clip(trainer: Trainer) -> str:
 
 CAUSES = {
     "token of a long response / of a short one": "divides by the response's length",
-    "beside a long response / beside a short one": "divides by the tokens of the batch",
+    "beside a long response / beside a short one": "divides by lengths of other responses",
     "advantage, one right / two right": "divides by the std",
     "advantage, others short / others long": "takes its baseline over tokens",
     "EOS / token before": "does not train EOS like other tokens",
@@ -260,9 +260,8 @@ def judge(trainer: Trainer) -> dict:
     """All measurements of a trainer. `wrong` says what is wrong, and is empty if nothing is."""
     cases = {name: compare(trainer, case) for name, case in CASES.items()}
     changed, ratios = changes(trainer), two_rows(trainer)
+    # All comparisons are written so that nan is wrong, too
     wrong = [text for key, text in CAUSES.items() if not abs(ratios[key] - 1) <= RELATIVE]
-    if not changed["padding"] <= RELATIVE:  # written so that nan is wrong, too
-        wrong = [text.replace("tokens of the batch", "width of the batch") for text in wrong]
     if not ratios["clip"].startswith("A > 0: high, A < 0: low"):
         wrong.append(f"clips {ratios['clip']}")
     keys = [key for key, value in changed.items() if not value <= RELATIVE]
@@ -347,39 +346,48 @@ def trl() -> Iterator[Trainer]:
 
 
 def verl() -> Iterator[Trainer]:
-    """compute_policy_loss_vanilla and compute_grpo_outcome_advantage."""
-    core = import_theirs("verl.trainer.ppo.core_algos")
+    """ppo_loss, with data as verl's default trainer passes them; compute_grpo_outcome_advantage."""
+    losses = import_theirs("verl.workers.utils.losses")
+    from tensordict import TensorDict
+    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+    from verl.utils.tensordict_utils import assign_non_tensor
     from verl.workers.config import ActorConfig
 
     def loss(mode, factor, new, old, sampler, advantages, mask, settings):
         usual = dict(strategy="fsdp", rollout_n=G, ppo_micro_batch_size_per_gpu=1)
-        config = ActorConfig(**usual, clip_ratio=settings.clip_eps, loss_agg_mode=mode)
-        config.global_batch_info.update(
-            dp_size=settings.ranks,
-            batch_num_tokens=settings.tokens,
-            global_batch_size=settings.responses,
-            loss_scale_factor=factor,
-        )
-        given = old, new, per_token(advantages, mask), mask, mode, config
-        return core.compute_policy_loss_vanilla(*given)[0]
+        usual |= dict(clip_ratio=settings.clip_eps, loss_agg_mode=mode, loss_scale_factor=factor)
+        lengths = mask.sum(dim=1).int().tolist()
+
+        def nested(rows, more=0):
+            parts = [pad(row[:n], (0, more)) for row, n in zip(rows, lengths, strict=True)]
+            return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+        fields = {"responses": mask, "response_mask": mask, "old_log_probs": old}
+        fields["advantages"] = per_token(advantages, mask)
+        data = TensorDict({key: nested(rows) for key, rows in fields.items()}, len(mask))
+        prompts = [torch.ones(1)] * len(mask)
+        data["prompts"] = torch.nested.as_nested_tensor(prompts, layout=torch.jagged)
+        totals = dict(batch_num_tokens=settings.tokens, global_batch_size=settings.responses)
+        assign_non_tensor(data, dp_size=settings.ranks, **totals)
+        return losses.ppo_loss(ActorConfig(**usual), {"log_probs": nested(new, 1)}, data)[0]
 
     def advantages(by_std, rewards, mask):
         scores = pad(rewards.reshape(-1, 1), (0, mask.shape[1] - 1))
         groups = torch.arange(len(rewards)).repeat_interleave(G).numpy()
         given = scores, mask, groups
-        return core.compute_grpo_outcome_advantage(*given, norm_adv_by_std_in_grpo=by_std)[0]
+        return compute_grpo_outcome_advantage(*given, norm_adv_by_std_in_grpo=by_std)[0]
 
-    for mode, factor, by_std, claims in (
-        ("seq-mean-token-sum-norm", L_MAX, False, True),
-        ("seq-mean-token-sum-norm", None, False, True),
-        ("seq-mean-token-sum", None, False, False),
-        ("token-mean", None, False, False),
-        ("seq-mean-token-mean", None, True, False),
+    for mode, factor, by_std in (
+        ("seq-mean-token-sum-norm", L_MAX, False),
+        ("seq-mean-token-sum-norm", None, False),
+        ("seq-mean-token-sum", None, False),
+        ("token-mean", None, False),
+        ("seq-mean-token-mean", None, True),
     ):
         name = f"verl {version('verl')} {mode}{', loss_scale_factor' if factor else ''}"
         name += ", norm_adv_by_std_in_grpo" if by_std else ""
         functions = partial(loss, mode, factor), partial(advantages, by_std)
-        yield Trainer(name, *functions, claims=claims)
+        yield Trainer(name, *functions, claims=mode.endswith("norm"))
 
 
 def openrlhf() -> Iterator[Trainer]:
@@ -553,6 +561,17 @@ def table(record: dict) -> str:
     for name, found in record["trainers"].items():
         angles = " | ".join(f"{case['angle']:.2f}°" for case in found["cases"].values())
         lines.append(f"| {name}{' *' if found['claims'] else ''} | {angles} | {found['verdict']} |")
+    return "\n".join(lines)
+
+
+def deviations(record: dict) -> str:
+    """What finite differences on two rows found, as a list in Markdown: ratios that are not 1."""
+    lines = []
+    for name, found in record["trainers"].items():
+        ratios = [(key, found["two rows"][key]) for key in CAUSES]
+        texts = [f"{key}: {value:.3f}" for key, value in ratios if not abs(value - 1) <= RELATIVE]
+        if texts:
+            lines.append(f"* {name}. {'; '.join(texts)}")
     return "\n".join(lines)
 
 

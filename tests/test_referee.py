@@ -32,8 +32,8 @@ CLIP = "torch.min(ratio * advantages, clipped * advantages)"
 MEAN, RANKS = "rewards.mean(dim=1, keepdim=True)", " * settings.ranks"
 SABOTAGES = {
     "divides by the response's length": (SUM, "((each * mask).sum(1) / mask.sum(1)).mean()"),
-    "divides by the tokens of the batch": ("constant =", "constant = mask.sum() #"),
-    "divides by the width of the batch": ("settings.max_response_tokens", "mask.shape[1]"),
+    "divides by lengths of other responses": ("constant =", "constant = mask.sum() #"),
+    "padding": ("settings.max_response_tokens", "mask.shape[1]"),
     "divides by the std": (".flatten", ".div(rewards.std(1, keepdim=True) + 1e-8).flatten"),
     "takes its baseline over tokens": (
         MEAN, "(rewards * mask.sum(1).view_as(rewards)).sum(1, True) / mask.sum()"
@@ -143,6 +143,7 @@ def test_a_trainer_that_is_not_installed_is_named_and_what_it_does_not_use_is_le
 @pytest.mark.project
 def test_the_page_has_the_results():
     record = json.loads(Path(referee.RESULTS).read_text())
-    assert referee.table(record) in (ROOT / "findings" / "referee.md").read_text()
+    page = (ROOT / "findings" / "referee.md").read_text()
+    assert referee.table(record) in page and referee.deviations(record) in page
     packages = {name.split()[0] for name in record["trainers"]}
     assert packages == {"drgrpo.py", "trl", "verl", "openrlhf", "areal", "oat-llm"}
