@@ -260,7 +260,7 @@ NOT_RUN_HERE = {
     "python -m pytest *": "it would run these tests again",
     "uv pip install *": "installs from an index of vLLM's; the FAQ says that it was not tried",
     "pip install*": "installs packages",
-    "cp -r drgrpo.py *": "tests/test_run.py does it",
+    "cp -r drgrpo.py *": "tests/test_copy.py does it",
 }
 PROGRAMS = ("python", ".venv/bin/python", "torchrun", "make", "git", "sbatch", "cp", "pip", "uv")
 
@@ -301,6 +301,11 @@ def understood(monkeypatch):
 
         return parsed
 
+    def run(command, **settings):
+        """In place of subprocess.run: a script that would start another one."""
+        read(str(Path(command[1]).relative_to(ROOT)), command[2:])
+        raise Parsed
+
     def read(script, words):
         if not re.search("tyro|argparse", SOURCES[script]):
             assert all((ROOT / word).exists() for word in words)
@@ -311,6 +316,7 @@ def understood(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(Parsed):
             for owner, name in READERS:
                 patch.setattr(owner, name, stop_after(getattr(owner, name)))
+            patch.setattr(subprocess, "run", run)
             patch.setattr(sys, "argv", [script, *words])
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
@@ -340,7 +346,12 @@ def test_every_command_is_understood_or_has_a_reason(page, command, understood):
     if page == "forks/README.md" and "drgrpo.py" in words:
         return  # tests/test_forks.py: a fork has settings of its own
     if words[0] == "make":
-        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+        make = ["make", "-n", *words[1:]]
+        printed = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert "Nothing to be done" not in printed
+        for line in printed.replace("\\\n", " ").splitlines():
+            if re.match(r"\.venv/bin/python \S+\.py", line):
+                understood(*script_of(line))
     elif words[:2] == ["git", "apply"]:
         assert all((ROOT / word).exists() for word in words[2:])
     else:
