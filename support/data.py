@@ -171,6 +171,11 @@ def load_problems(
             "Set --problem-column and --answer-column, or write a file with a column of what the "
             "model is asked"
         )
+    if needs_answer and type(rows.features[answer_column]).__name__ == "Json":
+        raise ValueError(
+            f"{source}: column {answer_column} has text in some rows and numbers or lists in "
+            'others, and datasets would read the text "007" as the number 7. Make all of one kind'
+        )
     problems: list[Problem] = []
     dropped = {"level": 0, "no_answer": 0, "too_long": 0}
     for row in rows:

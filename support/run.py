@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.utils import enable_progress_bars
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -67,7 +68,8 @@ def start_ranks() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     logging.getLogger("vllm").addHandler(logging.NullHandler())  # before vLLM sets up its own
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    disable_progress_bar()
+    disable_progress_bar()  # of loading weights; it takes those of downloads along
+    enable_progress_bars()
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
