@@ -27,7 +27,7 @@ MATH_SECONDS = 3  # of processor time for one comparison
 MAX_CHARS = 300  # longer texts are compared only as strings
 MAX_DEPTH = 12  # of brackets
 MAX_BITS = 20_000  # of a power or a factorial: larger ones are not computed
-DIGITS = 120  # to which two numbers are compared that are not rational
+DIGITS = 400  # to which two numbers are compared that are not rational
 LIBRARY = NormalizationConfig(malformed_operators=True, boxed="none")  # \left, \dfrac, \frac12, ...
 CASE_MATTERS = ConversionConfig(lowercase_symbols=False)
 
@@ -131,9 +131,10 @@ def quoted(text: re.Match) -> str:
 Rewrites = list[tuple[str, str | Callable[[re.Match], str]]]
 BEFORE: Rewrites = [
     (r"[\s~\"]|(?<!\\)\\[>;: ]|\\displaystyle", " "),
-    (r"^ *\*\*(.*)\*\* *$", r"\1"),  # bold in Markdown
+    (r"(?<![^ ])\*\*([^*]+)\*\*(?![^ .])|`", r"\1"),  # bold and code in Markdown
+    (r"(?<!\d)\.(?=\d)", "0."),
     (r"\\[()\[\]]|(?<!\\)\$|\\(?:begin|end)\{(?:cases|aligned|array)\}(?:\{[lcr]*\})?", ""),
-    (r"\\q?quad" + END + r"|\\\\(?!.*matrix)", ";"),
+    (r"\\q?quad" + END + r"|\\\\(?![a-zA-Z]|.*matrix)", ";"),
     (r"(?<=\d) *(?:\{,\}|, *\\!) *(?=\d{3})|\\!|\\phantom", ""),
     (r"^-?\d{1,3}(?:(?:\\,| )\d{3})+(?:\.\d+)?$", lambda m: re.sub(r"[\\, ]", "", m[0])),
     (r"(?<![\d,.(\[])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", "")),
@@ -281,7 +282,7 @@ def parse(text: str) -> Any:
     if re.fullmatch(r"-?\d+", compact):
         return Integer(compact)
     if re.fullmatch(r"\d\d?(:[0-5]\d){1,2}", text):
-        return Symbol(text.removeprefix("0") + " o'clock")
+        return Symbol(re.sub(r"^0|(?<=:..):00", "", text) + " o'clock")
     if re.fullmatch(r"-?[A-F\d.]*\d[A-F\d.]*_\d+", compact):
         return Symbol(compact + " in another base")
     if re.search(r":.*:|matrix.*[_^]|operatorname|\\det", compact):
@@ -374,11 +375,12 @@ def same_parts(gold: list[Part] | None, answer: list[Part] | None) -> bool:
     """Whether each part of one equals another part of the other, in any order."""
     if gold is None or answer is None:
         return False
-    if len(gold) == 1 < len(answer) and gold[0].name.startswith("("):  # 3, 4 for x = 3, y = 4
-        answer = [Part(Tuple(*(part.value for part in answer)))]
+    one, several = sorted((gold, answer), key=len)
+    if len(one) == 1 < len(several) and one[0].name.startswith("("):  # 3, 4 for x = 3, y = 4
+        return same_part(one[0], Part(Tuple(*(part.value for part in several))))
     left = list(answer)
-    for one in gold:
-        found = next((other for other in left if same_part(one, other)), None)
+    for part in gold:
+        found = next((other for other in left if same_part(part, other)), None)
         if found is None:
             return False
         left.remove(found)
