@@ -212,7 +212,8 @@ def known(draw: random.Random) -> Attack:
     """An expression against its value, or against one that is near."""
     text, value = expression(draw)
     right = draw.random() < 0.5
-    other = value if right else value + Fraction(draw.choice([1, -1, 0.5, Fraction(1, 10**12)]))
+    steps = [Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(1, 10**12)]
+    other = value if right else value + draw.choice(steps)
     return Attack(text, f"\\frac{{{other.numerator}}}{{{other.denominator}}}", right)
 
 
