@@ -582,7 +582,7 @@ def judge_all() -> dict:
         HOLLOW.names.clear()
         try:
             trainers = list(adapter())
-        except ImportError as error:
+        except Exception as error:  # whatever their code raises while it is imported
             print(f"{name} is not called: {error}")
             continue
         for trainer in trainers:
