@@ -1,8 +1,8 @@
 """Dr. GRPO: R1-Zero-like reinforcement learning of a language model, in one script.
 
 The model gets P problems and writes G responses to each. A reward says how good each of the P*G
-responses is. That is one step. From its responses the model makes a few updates (optimizer steps),
-each from N of them. For the responses i = 1..N of an update, GRPO minimises
+responses is. The trainer learns from them in a few updates (optimizer steps), each from N of them.
+All of this is one step. For the responses i = 1..N of an update, GRPO minimises
 
     1/N * sum_i 1/|o_i| * sum_t max(-A_i * ratio_it, -A_i * clip(ratio_it, 1-eps, 1+eps))  + KL term
 
@@ -14,25 +14,30 @@ each from N of them. For the responses i = 1..N of an update, GRPO minimises
 Dr. GRPO (arXiv 2503.20783) is GRPO without the two divisions that bias it, and without the KL term:
 
   1. A_i = r_i - mean. Dividing by the std gives problems that are nearly always or nearly never
-     solved more weight than they have without it.
-  2. 1/L_max in place of 1/|o_i|. L_max is the longest response allowed: a constant. Divided by its
-     own length, a long wrong response is punished less per token than a short one, and wrong
-     responses grow. (The paper's formula leaves the constant 1/L_max out. Its code has it.)
+     solved more weight than they have without this division.
+  2. 1/L_max in place of 1/|o_i|. L_max is the longest response allowed: a constant. With 1/|o_i|
+     a long wrong response is punished less per token than a short one, and wrong responses grow.
+     (The paper's formula leaves the constant 1/L_max out. Its code has it.)
 
 This file adds one factor that the paper does not have. vLLM samples and the trainer learns, and
 the two compute slightly different probabilities with the same weights. So each token's term is
 multiplied by w_it = min(p_old / p_sampler, tis_cap), a truncated importance weight (TIS), which is
-a constant for the gradient. `--tis-cap None` is the paper's loss to the letter; with
-`--divide-by-std --divide-by-length` beside it, it is the paper's GRPO.
+a constant for the gradient. `--tis-cap None` gives the loss of the paper's code. With
+`--divide-by-std --divide-by-length` as well, it gives GRPO without its KL term.
 
 Left out: a critic, a KL term, an entropy bonus, a learning rate schedule, LoRA.
 
-The expected gradient of a step's first update is that of the expected reward, times
-(G-1) / (G * L_max): test_drgrpo.py lists every group of a tiny policy to see it. What keeps it so:
-N * L_max is fixed before micro-batches are formed and counts the responses of all ranks. EOS is an
-action like any other. The sampled token ids themselves are trained, at the temperature of
-sampling. Every update measures how far the sampler's log-probs are from the trainer's (the gap).
-The step's later updates are off-policy: the clip limits that bias, it does not remove it.
+The expected gradient of a step's first update is minus that of the expected reward, times
+(G-1) / (G * L_max): test_drgrpo.py lists every group of a tiny policy to see it. It holds as long
+as the sampler's probabilities are the trainer's and the gradient's norm is not clipped. For this,
+
+  - N * L_max is fixed before micro-batches are formed, and counts the responses of all ranks;
+  - EOS is an action like any other;
+  - the loss uses the token ids that were sampled, at the temperature of sampling;
+  - every update measures how far the log-probs of sampler and trainer are apart (the gap), and a
+    run stops if it is above max_gap.
+
+The later updates of a step are off-policy. The clip limits the bias of that; it does not remove it.
 
     python drgrpo.py toy                               # minutes on two CPU cores
     torchrun --nproc-per-node 8 drgrpo.py math-7b      # the paper's 7B run on one 8-GPU node
@@ -97,7 +102,7 @@ MAX_GAP = {torch.bfloat16: 0.1, torch.float32: 1e-3}  # nats; rounding to this d
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. The defaults are the paper's, but for tis_cap: it had none.
+    """Settings of a run. The defaults are the paper's, except tis_cap: it had none.
 
     A step samples prompts_per_step * samples_per_prompt responses: 128 * 8 = 1024. It then makes
     one pass over them in 1024 / responses_per_update = 8 updates of 128.
@@ -122,7 +127,7 @@ class Config:
     save_every: int | None = None  # steps between states to resume from; None: as eval_every
     seed: int = 0  # of the order of the problems and of every draw
 
-    steps: int = 300  # how often to sample and learn
+    steps: int = 300  # how many times to sample and learn
     prompts_per_step: int = 128  # P, problems of a step over all ranks
     samples_per_prompt: int = 8  # G, responses to each of them
     responses_per_update: int = 128  # N, of one optimizer step; P*G must be a multiple of it
@@ -151,7 +156,12 @@ class Config:
         """Refuse what would fail late or in silence. Raises ValueError that says what to do."""
         positive = ("prompts_per_step", "responses_per_update", "max_response_tokens", "eval_every")
         positive += ("temperature", "clip_eps", "max_grad_norm", "tokens_per_microbatch")
-        wrong = [f"{key} must be above 0" for key in positive if not getattr(self, key) > 0]
+        positive += ("save_every", "tis_cap", "max_gap")  # these may be None
+        values = {key: getattr(self, key) for key in positive}
+        wrong = []
+        for key, value in values.items():
+            if value is not None and not value > 0:
+                wrong.append(f"{key} must be above 0")
         if self.seed < 0:
             wrong.append("seed must be 0 or more")
         if not math.isfinite(self.truncated_reward):
@@ -191,7 +201,7 @@ def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torc
         rewards = rewards.float()
     known = ~rewards.isnan()
     advantages = rewards - rewards.nanmean(dim=1, keepdim=True)
-    if divide_by_std:  # Dr. GRPO (1/2): only GRPO does
+    if divide_by_std:  # Dr. GRPO (1/2) leaves this division out; GRPO has it
         count = known.sum(dim=1, keepdim=True)
         variance = advantages.nan_to_num().square().sum(dim=1, keepdim=True) / (count - 1)
         advantages = advantages / (variance.sqrt() + 1e-8)
@@ -235,9 +245,10 @@ def drgrpo_loss(
     if importance_weights is not None:
         token_loss = token_loss * importance_weights.detach()
     response_loss = torch.where(mask, token_loss, 0.0).sum(dim=1)  # (B,)
-    if divide_by_length:  # Dr. GRPO (2/2): only GRPO does
+    if divide_by_length:  # Dr. GRPO (2/2) leaves this division out; GRPO has it
         response_loss = response_loss / mask.sum(dim=1).clamp(min=1)
     loss = response_loss.sum() / denominator
+    # From log-probs, not from `ratio`: a fork with another ratio reports the same kl
     kl = torch.where(mask, log_ratio.exp() - 1 - log_ratio, 0.0)
     return loss, {
         "tokens": mask.sum(),
@@ -258,10 +269,14 @@ def train_step(
     sampler: "Sampler",
     grader: Grader,
 ) -> tuple[dict[str, float | None], list["Rollout"]]:
-    """Sample, reward, learn. Returns metrics and the responses of all ranks, P*G of them."""
+    """Sample, reward, learn. Returns metrics and the responses of all ranks, P*G of them.
+
+    These are in the order of `chosen`: G to the first problem, G to the second, and so on.
+    """
     seconds: dict[str, float] = {}
     chosen = step_problems(len(problems), step, config.prompts_per_step, config.seed)
-    # A draw's seed knows the step and the prompt, but no rank: any number of ranks draws the same
+    # A seed is made from the step and the place in `chosen`, and not from the rank, so that any
+    # number of ranks draws the same
     seeds = [derive_seed("sample", config.seed, step, place) for place in range(len(chosen))]
     with timed(seconds, "sample"):
         rollouts = sample(sampler, grader, problems, chosen, seeds, config)  # this rank's share
@@ -275,7 +290,7 @@ def train_step(
         rollout.advantage = advantage
     with timed(seconds, "update"):
         updates = split_updates(rollouts, config, step, dist.get_rank(), dist.get_world_size())
-        with timed(seconds, "old_logprobs"):
+        with timed(seconds, "old_logprobs"):  # the first update computes its own: see there
             add_old_logprobs(policy, updates[1:], config)
         sums = []
         for number, batches in enumerate(updates, start=1):
@@ -296,7 +311,8 @@ def train(
 ) -> bool:
     """A whole run, or the rest of one that was stopped, from what `prepare` returned.
 
-    Returns whether all steps are made; False if a signal asked the run to stop before.
+    Returns whether all steps are made; False if a signal asked the run to stop before. What stops a
+    run by itself is an error: docs/metrics.md lists them.
     """
     with (
         stop_signals() as asked_to_stop,
@@ -319,7 +335,7 @@ def train(
                 metrics |= learned
             run.record(step, metrics, rollouts)
             stop = asked_to_stop()
-            run.save_state(step + 1, at_once=stop)
+            run.save_state(step + 1, at_once=stop)  # none after the last evaluation
             if stop:
                 break
     return run.finished
@@ -328,9 +344,9 @@ def train(
 @contextmanager
 def start(config: Config) -> Iterator[tuple["Policy", torch.optim.Optimizer, "Sampler", Grader]]:
     """Join the ranks; gives policy, optimizer, sampler and grader of this rank, and ends them."""
-    with ExitStack() as ends:
+    with ExitStack() as stack:
         start_ranks()
-        ends.callback(end_ranks)
+        stack.callback(end_ranks)
         say(f"loading {config.model}")
         policy = make_policy(config)
         optimizer = torch.optim.AdamW(
@@ -339,20 +355,22 @@ def start(config: Config) -> Iterator[tuple["Policy", torch.optim.Optimizer, "Sa
         grader = Grader(
             config.template, config.grader_workers, config.grader_timeout, config.reward
         )
-        ends.callback(grader.close)
+        stack.callback(grader.close)
         say("starting vLLM: seconds on a CPU, a minute or more on a GPU")
         weights = policy.parameters()
         shards = sum(weight.to_local().nbytes for weight in weights if isinstance(weight, DTensor))
+        # Adam's two moments stay on the GPU while vLLM samples, and are made by the first update
+        reserve = 0 if config.offload else 2 * shards
         prompts = math.ceil(config.prompts_per_step / dist.get_world_size())  # of this rank
         sampler = Sampler(
             config.model,
             config.max_prompt_tokens + config.max_response_tokens,
             config.seed,
-            reserve=0 if config.offload else 2 * shards,  # Adam's moments, which are not there yet
+            reserve=reserve,
             sequences=prompts * config.samples_per_prompt,
             can_sleep=True,
         )
-        ends.callback(sampler.close)
+        stack.callback(sampler.close)
         if config.offload:  # AdamW runs on the CPU
             give_threads_back()
         yield policy, optimizer, sampler, grader
@@ -427,9 +445,10 @@ class Sampler:
     ) -> list[list[Rollout]]:
         """n responses to each problem, token ids in and token ids out.
 
-        A draw depends on its seed and not on its neighbours: to the bit on a CPU, up to rounding
-        in bf16 on a GPU. A rollout's `problem` is the problem's place in the list. A response ends
-        with EOS or a stop string, which stays in its ids; the stop string stays in its text, too.
+        vLLM draws the n responses to a problem with its seed, seed + 1 and so on. A draw depends on
+        its seed and not on its neighbours: to the bit on a CPU, up to rounding in bf16 on a GPU. A
+        rollout's `problem` is the problem's place in the list. A response ends with EOS or a stop
+        string, which stays in its ids; the stop string stays in its text, too.
         """
         from vllm import SamplingParams, TokensPrompt
 
@@ -460,7 +479,7 @@ class Sampler:
                 ids, logprobs = list(response.token_ids), list(response.logprobs.logprobs)
                 # without stop strings vLLM decodes nothing
                 text = response.text or tokenizer.decode(ids, skip_special_tokens=True)
-                text += ends.get(ids[-1], "")
+                text += ends.get(ids[-1], "")  # a stop string that is one special token
                 reason = response.finish_reason
                 group.append(
                     Rollout(place, problems[place].prompt_ids, ids, logprobs, text, reason)
@@ -477,7 +496,7 @@ class Sampler:
     def wake(self, policy: "Policy") -> None:
         """Take the memory back and load the policy's weights.
 
-        Waking and loading are one method, so that nobody can sample with old weights. The prefix
+        Waking and loading are one method: on a GPU nobody can sample between them. The prefix
         cache is emptied: it holds keys and values of the old weights. Raises RuntimeError if vLLM
         did not take all weights.
         """
@@ -557,7 +576,8 @@ def give_rewards(
     """Reward this rank's responses; returns those of all ranks.
 
     A truncated response gets `truncated_reward`, even if it holds the right answer. It stays in its
-    group's mean and in the loss. Where the grading failed, the reward is nan: unknown, not wrong.
+    group's mean and in the loss. Of the others, one whose grading failed gets nan: unknown, not
+    wrong.
     Every rank gets all responses: updates, metrics and samples are then the same on any number of
     ranks. Raises RuntimeError if most gradings of all ranks fail.
     """
@@ -591,10 +611,10 @@ def evaluate(
     if not problems:
         return {}
     seconds: dict[str, float] = {}
-    everyone = list(range(len(problems)))
+    places = list(range(len(problems)))
     unused = [0] * len(problems)  # greedy sampling draws nothing
     with timed(seconds, "eval"):
-        rollouts = sample(sampler, grader, problems, everyone, unused, config, greedy=True)
+        rollouts = sample(sampler, grader, problems, places, unused, config, greedy=True)
         rollouts = give_rewards(grader, problems, rollouts, config)
     show_examples(rollouts)
     metrics = {f"eval_{key}": value for key, value in summarize(rollouts, 1).items()}
@@ -653,9 +673,10 @@ def micro_batches(
 ) -> list[list[Rollout]]:
     """Deal rollouts into micro-batches of at most `budget` tokens; returns those of this rank.
 
-    All ranks get equally many, since every rank must take part in every collective operation, and
-    alike work: from the longest on, each rollout goes where the fewest tokens are. There are as
-    few micro-batches as this way of dealing allows. A rollout above the budget is alone.
+    Tokens are counted without padding: training computes none. All ranks get equally many
+    micro-batches, since every rank must take part in every collective operation, and similar work:
+    from the longest on, each rollout goes where the fewest tokens are. There are as few
+    micro-batches as this allows. A rollout above the budget is alone.
     """
     rows = sorted(rollouts, key=len, reverse=True)
     total = sum(len(row) for row in rows)
@@ -677,15 +698,16 @@ def split_updates(
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches of each of the step's updates.
 
-    The responses are shuffled, so that a group is spread over the updates. Those of zero advantage
-    have no gradient: they are left out here and still count in N.
+    The responses are shuffled, alike on all ranks, so that a group is spread over the updates.
+    Those of zero advantage have no gradient: they are left out here and still count in N.
     """
     draw = np.random.default_rng(derive_seed("updates", config.seed, step))
     order = draw.permutation(len(rollouts))
     updates = []
     for indices in np.split(order, len(order) // config.responses_per_update):
         rows = [rollouts[index] for index in indices]
-        denominator = len(rows) * (1 if config.divide_by_length else config.max_response_tokens)
+        longest = 1 if config.divide_by_length else config.max_response_tokens
+        denominator = len(rows) * longest  # N * L_max; GRPO's is N, see (2/2)
         active = [row for row in rows if row.advantage != 0]
         if not active:
             active = [min(rows, key=len)]  # one row, so that the gap is measured
@@ -735,13 +757,16 @@ def make_policy(config: Config) -> Policy:
     for layer in model.get_decoder().layers:
         shard(layer)
     shard(policy)
-    policy.float()  # the shards: no rank ever holds the whole model in fp32
+    policy.float()  # the shards alone: the whole model is never converted
     return policy
 
 
 @torch.no_grad()
 def add_old_logprobs(policy: Policy, updates: list[list[MicroBatch]], config: Config) -> None:
-    """Store the log-probs of the policy as it is now, before the step's first update."""
+    """Store the log-probs of the policy as it is now, before the step's first update.
+
+    That update itself needs no such pass: see forward_backward.
+    """
     for batches in updates:
         for batch in batches:
             batch.old_logprobs = policy(batch.ids, batch.response_mask, config.temperature)
@@ -790,7 +815,7 @@ def update(
 
     An update without any signal has the gradient 0; Adam still moves the weights by its moments.
     Raises RuntimeError if the sampler's log-probs are not the trainer's and FloatingPointError if
-    a loss or the gradient is not finite; the step is not made then.
+    a loss or the gradient is not finite; the update is not made then.
     """
     sums: dict = defaultdict(float)
     for batch in batches:
