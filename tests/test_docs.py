@@ -258,7 +258,6 @@ NOT_RUN_HERE = {
     "tensorboard --logdir runs": "a server",
     "vllm serve runs/NAME/model": "a server; test_drgrpo.py loads such a model",
     "python -m pytest *": "it would run these tests again",
-    "uv pip install *": "installs from an index of vLLM's; the FAQ says that it was not tried",
     "pip install*": "installs packages",
     "cp -r drgrpo.py *": "tests/test_copy.py does it",
 }
