@@ -334,9 +334,9 @@ def measure(config: PlanConfig, prepared: tuple, watch: "Watch", ends: ExitStack
     for tensor in shards(policy, optimizer):
         tensor.zero_()
     with watch({}, "load a state"):
-        step = run.states.load()
+        run.states.load()
     loaded = [tensor.cpu() for tensor in shards(policy, optimizer)]
-    if step != 2 or not all(map(torch.equal, saved, loaded)):
+    if not all(map(torch.equal, saved, loaded)):
         raise RuntimeError("the state that was loaded is not the one that was to be saved")
     with watch({}, "export"):
         run.export(2, {}, drgrpo.full_weights(policy.model, policy.saved_dtype))
@@ -389,9 +389,6 @@ class Watch:
         self.seconds[phase] = metrics[f"seconds_{phase}"]
 
 
-MEMORY = "GPU" if drgrpo.CUDA else "process"
-
-
 def memory_in_use() -> float:
     """Bytes: of this rank's GPU, by all processes; without a GPU, of this process."""
     if not drgrpo.CUDA:
@@ -418,8 +415,11 @@ def report(
     evaluation = seconds["sample"] * len(held_out) / config.responses + seconds["export"]
     most = config.steps * step + (config.steps / config.eval_every + 1) * evaluation
     write = seconds["write a state"]
+    memory, device = "process", f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    if drgrpo.CUDA:
+        memory, device = "GPU", torch.cuda.get_device_name()
     lines = [
-        markdown(["phase", "seconds", f"highest memory of a {MEMORY}, GB"], rows),
+        markdown(["phase", "seconds", f"highest memory of a {memory}, GB"], rows),
         f"\ngap       {metrics['gap']:.2g} nats per token; all responses have "
         f"{metrics['length']:.0f} tokens",
         f"saving    {state:.3f} GB at {state / write:.3f} GB/s, while a run goes on; it came back "
@@ -428,7 +428,7 @@ def report(
         f"hours     at most {most / 3600:,.2f}, if all responses have full length; "
         f"{share * most / 3600:,.2f} if they have\n          {MEAN_SHARE:.0%} of it on average "
         "(assumed) and time follows the tokens",
-        "versions  " + ", ".join(f"{name} {value}" for name, value in versions().items()),
+        f"on        {device}; " + ", ".join(f"{k} {v}" for k, v in versions().items()),
     ]
     return "\n".join(lines)
 

@@ -14,7 +14,7 @@ from drgrpo import PRESETS, Rollout, collate
 from support.data import Problem, load_data
 from support.grader import Grader
 from support.logprobs import token_logprobs
-from tests.helpers import ROOT, TOY, FakeSampler, launch, tiny_model
+from tests.helpers import ROOT, TOY, FakeSampler, launch, tiny_model, wait_until
 
 # kind, hidden, MLP, heads, key-value heads, vocabulary, tied; then GB per GPU of the real FSDP2
 # code on fake CUDA tensors: 8 ranks, bf16, checkpointing, micro-batches of 16,384 tokens, several
@@ -122,14 +122,17 @@ def seven_b(toy, tmp_path):
 def test_a_plan_needs_no_weights(seven_b):
     _, *data = load_data(seven_b)
     text = plan.plan(seven_b, *data)
-    assert "7,615,616,512 parameters in 28 layers" in text
+    weights = 7_615_616_512
+    assert f"{weights:,} parameters in 28 layers" in text
     assert "5000 problems, 500 held out" in text
     # 128 responses of 3000 tokens and their prompts over 8 GPUs, 16,384 tokens at a time
     assert "1024 responses, 8 update(s) of at most 4 micro-batch(es) per GPU" in text
     assert "304.6 GB: 3 states of 91.4 GB (one is being written) and 2 models of 15.2 GB" in text
     assert "host      122.6 GB per node" in text  # 14 B per weight, and 2 GB per rank
     assert "| in all | 29.1 |" in text
-    assert "24 GB: does not fit; 40 GB: " in text
+    room = 0.95 * (40e9 - 4 * weights / 8) - (8 / 8 + 2) * weights - 4 * 256 * 152064
+    row = 2 * 28 * 4 * 128 * 2 * 4024  # bytes of the cache
+    assert f"24 GB: does not fit; 40 GB: {room / row:.0f} responses; 80 GB: " in text
     assert "host      244.5 GB" in plan.plan(replace(seven_b, offload=True), *data)
     assert "at most 2 micro-batch(es)" in plan.plan(replace(seven_b, nodes=2), *data)
 
@@ -235,6 +238,14 @@ def test_too_small_a_disk_or_host_stops_before_anything_is_loaded(fake_trial, mo
     monkeypatch.setattr(plan, "host_free", lambda: 1_000_000_000)
     with pytest.raises(SystemExit, match="stop: host's memory: 2.003 GB needed, 1.000 GB free"):
         fake_trial()
+
+
+def test_a_phase_has_the_highest_memory_that_was_seen_in_it(ranks):
+    watch, before = plan.Watch(), plan.memory_in_use()
+    with watch({}, "large"):
+        large = torch.ones(100_000_000)
+        wait_until(lambda: watch.peaks["large"] > before + 3e8, seconds=60)
+    assert watch.phases == [] and len(large) == 100_000_000
 
 
 def test_the_measured_hours_by_hand(ranks, tmp_path, monkeypatch):
