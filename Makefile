@@ -32,10 +32,10 @@ findings: .venv/ready
 
 chaos: .venv/ready
 	.venv/bin/python benchmarks/chaos.py
-	.venv/bin/python benchmarks/chaos.py --kills 5 --repeated 0 --terms 5 --ranks 2
+	.venv/bin/python benchmarks/chaos.py --kills 5 --terms 3 --repeated 0 --ranks 2
 
 fuzz: .venv/ready
-	.venv/bin/python benchmarks/fuzz.py --minutes 10
+	.venv/bin/python benchmarks/grader.py --fuzz 10
 
 .venv/test-ready: .venv/ready tests/requirements.txt
 	.venv/bin/pip install -r tests/requirements.txt

@@ -12,12 +12,13 @@ from datasets import DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from support.answers import gold_answers
+from support.answers import gold_answers, readable
 from templates import TEMPLATES, Template
 
 if TYPE_CHECKING:
     from drgrpo import Config
 
+GOLDS_TRIED = 100  # of a dataset
 FILES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -212,6 +213,22 @@ def golds_of(cell: Any, marker: str | None, place: str) -> list[str]:
         return gold_answers(cell)
     except TypeError as error:
         raise ValueError(f"{place}: {error}") from error
+
+
+def unreadable_golds(problems: list[Problem]) -> str | None:
+    """Says of how many golds the grader cannot read the meaning; None if it can read all it tried.
+
+    A sample is tried. Such a gold is equal to the same text only.
+    """
+    golds = [gold for problem in problems for gold in problem.answers]
+    tried = golds[:: max(1, len(golds) // GOLDS_TRIED)]
+    unread = [gold for gold in tried if not readable(gold)]
+    if not unread:
+        return None
+    return (
+        f"{len(unread)} of {len(tried)} golds that were tried have no meaning to the grader, so "
+        f"only the same text is right. The first: {unread[0]!r}"
+    )
 
 
 def level_of(row: dict) -> int | None:
