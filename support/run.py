@@ -337,25 +337,28 @@ class States:
         if self.saving is None:
             return
         (step, saving), self.saving = self.saving, None
+        failure: BaseException | None = None
         try:
             saving.result()
             self.newest, self.failed = step, 0
         except (OSError, RuntimeError, CheckpointException) as error:
-            self.failed += 1
-            free = shutil.disk_usage(self.folder.parent).free / 1e9  # after what this save wrote
-            message = (
-                f"the state could not be saved in {self.folder}: {reason(error)} "
-                f"({free:,.3f} GB are free on that disk)"
-            )
-            if self.failed > 1:
-                raise RuntimeError(f"twice in a row, {message}") from error
-            warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)
+            self.failed, failure = self.failed + 1, error
+        free = shutil.disk_usage(self.folder.parent).free / 1e9  # before anything is removed
         if dist.get_rank() == 0:
             # States of later steps are damaged: the run did not go on from them
             kept = [step for step in saved_steps(self.folder) if step <= self.newest][:2]
             for folder in self.folder.glob("[0-9]*"):
                 if folder.name.isdigit() and int(folder.name) not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
+        if failure is None:
+            return
+        message = (
+            f"the state could not be saved in {self.folder}: {reason(failure)} "
+            f"({free:,.3f} GB are free on that disk)"
+        )
+        if self.failed > 1:
+            raise RuntimeError(f"twice in a row, {message}") from failure
+        warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)
 
     def load(self) -> int:
         """Load the newest state that can be loaded. Returns its step, 0 if there is no state.
@@ -387,7 +390,7 @@ class States:
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """Sees flipped bits: torch stores each tensor as a zip archive and ignores its checksum."""
+    """Sees flipped bits in tensors. torch stores each as a zip archive and ignores its checksum."""
 
     def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Any:
         for item in plan.items:

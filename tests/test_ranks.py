@@ -101,12 +101,15 @@ def test_a_process_can_leave_its_group_and_join_another(tmp_path):
 
 
 IN_TORCHRUN = """
+import os, time
 from support.run import all_reduce, end_ranks, start_ranks
 
 for _ in range(2):
     start_ranks()
     print(all_reduce({"ranks": 1}))
     end_ranks()
+    if os.environ["RANK"] == "0":
+        time.sleep(2)  # the other one must wait for the new group
 """
 
 

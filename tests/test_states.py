@@ -257,6 +257,7 @@ def test_a_failed_save_warns_and_is_counted_and_the_second_in_a_row_ends_the_run
             save(states, 3)
         with pytest.raises(RuntimeError, match="twice in a row, the state could not .*too large"):
             save(states, 4)
+    assert sorted(os.listdir("state")) == ["1", "2"], "nothing fills the disk"
     assert Learner().states().load() == 2
 
 
