@@ -1,6 +1,7 @@
 """The script, templates.py and support/ are a whole trainer: copied, killed, and going on."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -124,3 +125,14 @@ def test_two_real_ranks_that_are_killed_and_stopped_give_the_responses_of_one(tr
     assert [s["response"] for s in samples] == [s["response"] for s in expected]
     for name, weight in contents(unbroken)[2].items():
         assert torch.allclose(contents(run)[2][name], weight, atol=1e-5), name
+
+
+@pytest.mark.project
+def test_no_file_names_a_place_on_somebodys_machine():
+    private = re.compile(r"/(?:home|Users|root|work)/\w")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    names = [name for name in listed.stdout.split("\0") if name and name != "tests/test_copy.py"]
+    assert names or listed.returncode != 0
+    files = [ROOT / name for name in names]
+    texts = {file: file.read_text(errors="ignore") for file in files if file.is_file()}
+    assert [str(file) for file, text in texts.items() if private.search(text)] == []
