@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from support.data import Problem, load_data
+from support.data import Problem, load_data, unreadable_golds
 from support.grader import check_reward
 from support.logprobs import check_model
 from support.records import Records, check_tracker, read_json, say, status, versions
@@ -236,6 +236,9 @@ def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict[s
     if os.environ.get("RANK", "0") == "0":  # if it ends with an error, torchrun ends the others
         check_folder(config, what_is_asked(config, problems, held_out))
         check_model(config.model, config.max_prompt_tokens + config.max_response_tokens)
+        for name, part in ((config.dataset, problems), (config.eval_dataset, held_out)):
+            if message := unreadable_golds(part):
+                say(f"{name}: {message}")
     return tokenizer, problems, held_out, dropped
 
 

@@ -17,12 +17,14 @@ from transformers import AutoConfig, AutoTokenizer, GemmaTokenizer, LlamaTokeniz
 import support.run
 from drgrpo import PRESETS
 from support.data import (
+    Problem,
     derive_seed,
     load_data,
     load_problems,
     load_tokenizer,
     prompt_ids,
     step_problems,
+    unreadable_golds,
 )
 from support.run import prepare
 from templates import TEMPLATES, last_boxed
@@ -215,6 +217,7 @@ def test_a_split_that_a_folder_does_not_have_is_named_with_those_it_has(tokenize
 
 
 LARGE = '{"problem": "1", "answer": 123456789012345678901234567890}\n'
+MIXED = '{"problem": "1", "answer": "007"}\n{"problem": "2", "answer": ["1", "2"]}\n'
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -225,6 +228,7 @@ LARGE = '{"problem": "1", "answer": 123456789012345678901234567890}\n'
     ("d.jsonl", '{"problem": 1, "answer": "1"}', "column problem must hold text, not 1"),
     ("d.jsonl", '{"problem": "1", "answer": {"a": 1}}', "answer: a gold must be"),
     ("d.jsonl", LARGE, r"answer: 1\.2\d*e\+29 may be rounded. Store such large numbers as text"),
+    ("d.jsonl", MIXED, "column answer has text in some rows and numbers or lists in others"),
     ("d.jsonl", '{"problem": "1", "answer": NaN}', "no usable problem; .*'no_answer': 1"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_used_is_refused_with_the_cause(
@@ -282,6 +286,18 @@ def test_the_chat_template_of_a_tokenizer_can_be_trained_with(tokenizer, tmp_pat
     config = replace(TOY, model=str(tmp_path), template="chat", dataset=data, eval_dataset=data)
     _, (problem,), (held_out,), _ = load_data(replace(config, max_prompt_tokens=200))
     assert problem.prompt.startswith("<1+1\nPlease reason") and problem.prompt == held_out.prompt
+
+
+def test_golds_that_mean_nothing_to_the_grader_are_counted_before_the_run(toy, monkeypatch, capsys):
+    monkeypatch.chdir(toy.parents[1])
+    golds = ["7", "$t(0,4]$", "\\frac{1}{2}"]
+    problems = [Problem("", [], [gold], "") for gold in golds]
+    assert unreadable_golds(problems).startswith("1 of 3 golds that were tried have no meaning")
+    assert unreadable_golds([problems[0], problems[2]]) is None
+    monkeypatch.setattr(support.run, "unreadable_golds", lambda problems: "a message")
+    monkeypatch.setattr(support.run, "check_folder", lambda *given: None)
+    prepare(TOY)
+    assert "train.jsonl: a message" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------- refused before a model loads
