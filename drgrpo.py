@@ -923,7 +923,7 @@ def main() -> None:
     if is_finished(config):
         print(f"{config.folder} is finished: {config.steps} steps. --steps N goes on with it.")
     elif not train(config, *prepared):
-        sys.exit(f"{config.folder} is stopped and saved. The same command goes on with it.")
+        sys.exit(f"{config.folder} is stopped. The same command goes on with it.")
 
 
 if __name__ == "__main__":
