@@ -83,10 +83,10 @@ def paper(case: dict, file: Path) -> bool:
 
 
 def judged(grader: Callable, case: dict, *args) -> tuple[bool, float]:
-    """The verdict, and its seconds of the clock."""
-    start = time.perf_counter()
+    """The verdict, and its seconds of processor time."""
     logging.disable()  # math-verify logs whole responses
-    return bool(grader(case, *args)), time.perf_counter() - start
+    start = time.process_time()
+    return bool(grader(case, *args)), time.process_time() - start
 
 
 def figures(cases: list[dict], grader: Callable, *args) -> dict:
@@ -148,7 +148,7 @@ def golds_of(file: Path) -> list[list[str]]:
     golds = []
     for line in file.read_text().splitlines():
         row = json.loads(line)
-        cell = row.get("answer", row.get("gold"))
+        cell = row.get("answer", "")
         if isinstance(cell, str) and cell.startswith(("['", '["')):
             cell = ast.literal_eval(cell)
         golds.append(gold_answers(cell))
@@ -380,6 +380,7 @@ def main() -> None:
         measured = {"fuzz": attack(options.fuzz, options.seed)}
     elif options.golds:
         files = sorted(options.golds.glob("*.jsonl"))
+        files = [file for file in files if golds_of(file)]
         golds = {file.stem: check_golds(file, options.pairs, options.seed) for file in files}
         print(json.dumps(golds, indent=1))
         measured = {"golds": golds}
