@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets  # noqa: F401, these imports take seconds: once, before the forks
 import pytest
@@ -29,20 +30,20 @@ SWAPS |= {"Is": "IsNot", "IsNot": "Is", "In": "NotIn", "NotIn": "In", "And": "Or
 SWAPS |= {"Add": "Sub", "Sub": "Add", "Mult": "Div", "Div": "Mult", "FloorDiv": "Mult"}
 
 
-def changed(node: ast.AST) -> str | None:
+def changed(node: Any) -> str | None:
     """The source of a node after a change; None where there is nothing to change."""
     node = copy.deepcopy(node)  # it is part of other nodes
     match node:
         case ast.AugAssign() | ast.Expr(value=ast.Call()):
             return "pass"
-        case ast.Constant(value=bool()):
-            return str(not node.value)
-        case ast.Constant(value=int() | float()):
-            return repr(node.value + 1)
-        case ast.UnaryOp():
-            return f"({ast.unparse(node.operand)})"
-        case ast.Call(func=ast.Attribute(), args=[], keywords=[]):
-            return f"({ast.unparse(node.func.value)})"
+        case ast.Constant(value=bool(value)):
+            return str(not value)
+        case ast.Constant(value=int(value) | float(value)):
+            return repr(value + 1)
+        case ast.UnaryOp(operand=operand):
+            return f"({ast.unparse(operand)})"
+        case ast.Call(func=ast.Attribute(value=called), args=[], keywords=[]):
+            return f"({ast.unparse(called)})"
         case ast.Compare(ops=[operator]):
             node.ops = [getattr(ast, SWAPS[type(operator).__name__])()]
         case ast.BoolOp() | ast.BinOp() if type(node.op).__name__ in SWAPS:
@@ -54,15 +55,18 @@ def changed(node: ast.AST) -> str | None:
 
 def mutants(source: str, names: list[str]) -> Iterator[tuple[str, str]]:
     """For each change inside the functions of these names: what it is, and the whole source."""
-    lines = source.encode().splitlines(keepends=True)
+    starts = [0]  # of the lines, in bytes
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
     tree = ast.parse(source)
     parts = [node for node in ast.walk(tree) if getattr(node, "name", None) in names] or [tree]
-    for node in (node for part in parts for node in list(ast.walk(part))[::-1]):
+    nodes: list[Any] = [node for part in parts for node in ast.walk(part)]
+    for node in nodes:
         new = changed(node)
         if new is None:
             continue
-        begin = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
-        end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+        begin = starts[node.lineno - 1] + node.col_offset
+        end = starts[node.end_lineno - 1] + node.end_col_offset
         old = source.encode()[begin:end].decode()
         whole = source.encode()[:begin].decode() + new + source.encode()[end:].decode()
         yield f"line {node.lineno}: {' '.join(old.split())}  ->  {new}", whole

@@ -46,10 +46,7 @@ from support.run import end_ranks, start_ranks
 from toy import make_toy
 
 FILE = Path(__file__).with_name("golden_step.json.gz")
-METHODS = {
-    "dr_grpo": {},
-    "grpo": {"divide_by_std": True, "divide_by_length": True},
-}
+METHODS = {"dr_grpo": False, "grpo": True}  # whether to divide by std and length
 WEIGHTS = (
     "model.embed_tokens.weight",
     "model.layers.1.self_attn.q_proj.weight",
@@ -69,7 +66,8 @@ TOLERANCES = {
 def toy_config(method: str) -> Config:
     """The toy's settings with this method's divisions. What differs is reported, not stopped."""
     make_toy(drgrpo.TOY)
-    return replace(PRESETS["toy"][1], max_gap=math.inf, **METHODS[method])
+    divide, toy = METHODS[method], PRESETS["toy"][1]
+    return replace(toy, max_gap=math.inf, divide_by_std=divide, divide_by_length=divide)
 
 
 def rollouts_of(given: dict) -> list[Rollout]:
