@@ -146,7 +146,7 @@ def compare(options: Options) -> dict:
 
 def golds_of(file: Path) -> list[list[str]]:
     golds = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text().strip().split("\n"):  # splitlines knows more ends of a line
         row = json.loads(line)
         cell = row.get("answer", "")
         if isinstance(cell, str) and cell.startswith(("['", '["')):

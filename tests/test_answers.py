@@ -1,12 +1,14 @@
 """Facts about equal answers: what counts as equal, what does not, and what it may cost."""
 
 import collections
+import random
 import threading
 import time
 
 import pytest
 
 import support.answers
+from benchmarks.grader import hollow, known, listed, near, system
 from support.answers import answers_match, gold_answers, processor_limit, readable
 from templates import TEMPLATES
 from tests.helpers import ROOT, read_jsonl
@@ -48,6 +50,14 @@ def test_golds_in_the_style_of_each_benchmark_are_readable_and_equal_to_themselv
         assert all(answers_match(f"$ {text} $.", golds) for text in golds)
     for golds, others in zip(texts, texts[1:] + texts[:1], strict=True):
         assert not answers_match(others[0], golds)
+
+
+@pytest.mark.parametrize("kind", [hollow, known, listed, near, system])
+def test_random_answers_of_each_kind_get_their_verdict(kind):
+    """As in benchmarks/grader.py --fuzz, which tries many more, in workers."""
+    draw = random.Random(0)
+    for attack in [kind(draw) for _ in range(15)]:
+        assert answers_match(attack.answer, attack.gold) == attack.right, attack
 
 
 # ------------------------------------------------------------------------------------- golds
