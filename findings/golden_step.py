@@ -52,14 +52,15 @@ WEIGHTS = (
     "model.layers.1.self_attn.q_proj.weight",
     "model.norm.weight",
 )
-# Relative to the largest number of a stage. In micro-batches of three rows, from the last to the
-# first, the sums differ by at most 5e-7, and `moved` by 5e-6. One thread or two make no difference.
+# Relative to the largest number of a stage. Between CPUs with AVX-512, with AVX2 and with neither,
+# log-probs and losses differ by at most 5e-7, norms by 3e-6, and `moved` by 7e-4: Adam's first step
+# is lr times the sign of a gradient, also where it is so small that its sign is rounding.
 TOLERANCES = {
     "advantages": 1e-5,
     "old_logprobs": 1e-5,
     "loss": 1e-5,
     "grad_norm": 1e-5,
-    "moved": 1e-4,
+    "moved": 2e-3,
 }
 
 

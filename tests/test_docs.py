@@ -208,8 +208,11 @@ def test_the_advantages_of_the_readme_are_those_of_the_code():
     rewards = torch.tensor([[1.0] + [0.0] * 7, [1.0] * 4 + [0.0] * 4])
     plain, divided = (group_advantages(rewards, by_std)[:, 0] for by_std in (False, True))
     one_of_8, four_of_8 = plain.tolist()
-    text = f"one's advantage is {one_of_8:g} or {four_of_8:g}; divided by the std it is "
-    text += f"{divided[0]:.2f} or {math.floor(divided[1] * 100 + 0.5) / 100:.2f}"
+    text = f"its advantage is {one_of_8:g}; if 4 are, it is {four_of_8:g}: "
+    text += f"{one_of_8 / four_of_8:g} times as much. Divided by the std it is {divided[0]:.2f} "
+    text += (
+        f"and {math.floor(divided[1] * 100 + 0.5) / 100:.2f}: {divided[0] / divided[1]:.1f} times"
+    )
     assert text in " ".join(README.split())
 
 

@@ -11,7 +11,10 @@ from toy import show_run
 
 def test_make_toy_trains_and_shows_the_run_and_starts_no_third_engine():
     done = subprocess.run(
-        ["make", "-n", "-o", ".venv/ready", "toy"], cwd=ROOT, capture_output=True, text=True
+        ["make", "-n", "--no-print-directory", "-o", ".venv/ready", "toy"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout.splitlines() == [
         ".venv/bin/python drgrpo.py toy",
