@@ -457,7 +457,7 @@ def gaps(toy, tmp_path_factory):
     """Of all families, one after the other in one process."""
     folder = tmp_path_factory.mktemp("engines")
     (folder / "all.py").write_text(ALL_ENGINES)
-    printed = launch(1, folder / "all.py", toy / "model", folder=folder)
+    printed = launch(1, folder / "all.py", toy / "model", folder=folder, timeout=1800)
     return dict(json.loads(line) for line in printed.splitlines() if line.startswith("["))
 
 
