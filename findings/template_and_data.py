@@ -20,7 +20,7 @@ from findings.common import BLUE, EVAL_EVERY, GREEN, GREY, RED, ROOT, STEPS, TOY
 from support.records import markdown, read_rows
 from toy import make_toy
 
-SEEDS = 6
+SEEDS = 4
 CHAT_SEEDS = 3  # of qwen_math: its runs take several times as long
 CHAT = {"template": "qwen_math", "max_prompt_tokens": 160}  # its prompts have up to 145 tokens
 # A colour, a label and dashes for each arm

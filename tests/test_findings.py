@@ -81,15 +81,17 @@ def test_all_seeds_are_there_with_all_their_steps():
 @pytest.mark.project
 def test_the_words_on_length_hold_for_the_numbers():
     """What the text says in words, beside its numbers, which are filled in."""
-    numbers, late, middle = length_bias.FINDING.numbers, length_bias.LATE, (10, 30)
+    numbers, late, middle = length_bias.FINDING.numbers, length_bias.LATE, length_bias.MIDDLE
     lengths = {name: length_bias.in_window(numbers[name], late) for name in METHODS}
     assert np.mean(lengths["drgrpo"]) > length_bias.base_length(numbers)
+    cut_off = {name: length_bias.mean_of(numbers[name], "truncated", middle) for name in METHODS}
     for name in ("length", "grpo"):
+        assert (cut_off[name] > cut_off["drgrpo"]).all()
         assert paired(lengths[name], lengths["drgrpo"]).low > 0
         earlier = [length_bias.in_window(numbers[key], middle) for key in (name, "drgrpo")]
         assert (earlier[0] > earlier[1]).all()
-        for window in (middle, late):  # it costs no reward
-            assert length_bias.gained(numbers, name, window).high > 0
+        for window in (middle, late):  # it costs reward
+            assert length_bias.gained(numbers, name, window).high < 0
     for window in length_bias.WINDOWS:
         std = length_bias.in_window(numbers["std"], window)
         assert paired(std, length_bias.in_window(numbers["drgrpo"], window)).low < 0
@@ -105,7 +107,8 @@ def test_the_words_of_the_other_findings_hold_for_their_numbers():
     assert abs(last["none"].mean() - last["data_64"].mean()) < 0.05
     numbers = random_reward.FINDING.numbers
     assert numbers["reward_right"] == pytest.approx(numbers["reward_wrong"], abs=0.03)
-    assert random_reward.change(numbers, "accuracy", "coin").high < 0
+    assert random_reward.change(numbers, "accuracy", "coin").mean < 0
+    assert random_reward.change(numbers, "accuracy", "no_clip").high < 0
     numbers = base_models.FINDING.numbers
     assert numbers["none"]["accuracy_worked"] > 0.9 > 0.05 > numbers["qwen_math"]["accuracy"]
 
@@ -176,7 +179,7 @@ def test_lengths_are_pooled_over_responses(monkeypatch):
     assert length_bias.in_window(found, (0, 3)).tolist() == [19, 40 / 3]
     np.testing.assert_equal(length_bias.in_window(found, (1, 2)), [np.nan, 16])
     np.testing.assert_equal(length_bias.at_reward(found, (0.5, 0.7)), [10, np.nan])
-    assert length_bias.reward(found, (1, 3)) == pytest.approx([0.775, 0.9])
+    assert length_bias.mean_of(found, "reward", (1, 3)) == pytest.approx([0.775, 0.9])
 
 
 # ------------------------------------------------------------------------------- each finding
