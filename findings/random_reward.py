@@ -130,7 +130,9 @@ def text(numbers: dict) -> str:
 
 The coin's mean is {numbers["reward_right"]:.3f} for right responses that ended and
 {numbers["reward_wrong"]:.3f} for wrong ones, so it knows nothing of the answer. The updates are
-noise. Accuracy falls in {fell("coin")} of {seeds} seeds, and without the clip in {fell("no_clip")}. p is of an exact sign-flip test; with {seeds} seeds it cannot be below {common.least_p(seeds)}.
+noise. Accuracy falls in {fell("coin")} of {seeds} seeds, and without the clip in
+{fell("no_clip")}. p is of an exact sign-flip test; with {seeds} seeds it cannot be below
+{common.least_p(seeds)}.
 
 The toy's problems are clean: nothing that it has read holds one of them. On contaminated benchmarks
 it can come out otherwise. With Qwen2.5-Math-7B random rewards raised MATH-500 by 21 points (arXiv

@@ -6,7 +6,6 @@ in NOT_RUN_HERE, with the reason.
 
 import argparse
 import asyncio
-import json
 import math
 import re
 import runpy
