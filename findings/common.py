@@ -275,10 +275,9 @@ class Finding:
 
     def section(self) -> str:
         """Of README.md."""
-        return (
-            f"## {self.claim}\n\n    {self.command}\n\n![{self.claim}](results/{self.name}.svg)\n\n"
-            f"{wrapped(self.text(self.numbers))}\n\n[All numbers](results/{self.name}.json).\n"
-        )
+        numbers = f"`{self.command}`, [numbers](results/{self.name}.json)"
+        figure = f"![{self.claim}](results/{self.name}.svg)"
+        return f"## {self.claim}\n\n{figure}\n\n{wrapped(self.text(self.numbers))}\n\n{numbers}\n"
 
 
 def wrapped(text: str) -> str:

@@ -2,7 +2,7 @@
 
     python findings/length_bias.py
 
-The same training with and without each division, with 8 seeds. A seed draws the same problems in
+The same training with and without each division, with 6 seeds. A seed draws the same problems in
 all four, so they are compared in pairs.
 """
 
@@ -168,11 +168,12 @@ the length they have {late["length"]:.1f} ({late["length"] - start:+.1f}), with 
 {late["grpo"]:.1f} ({late["grpo"] - start:+.1f}). The division by the std alone does not lengthen
 them.
 
-The longer ones cost reward, because more responses are cut off: over steps 10 to 29
-{cut_off["length"]:.1%} of all with the division by the length and {cut_off["grpo"]:.1%} with both,
-{cut_off["drgrpo"]:.1%} with Dr. GRPO. Training reward minus Dr. GRPO's, over steps 10 to 29:
-{gains[MIDDLE]}; over steps 30 to 39: {gains[LATE]}. Held-out accuracy (greedy) hardly differs at
-the end: {accuracy["drgrpo"]:.3f} with Dr. GRPO and {accuracy["grpo"]:.3f} with GRPO.
+With the division by the length the reward is lower, and more responses are cut off, which gives no
+reward: over steps 10 to 29 {cut_off["length"]:.1%} of all with this division and
+{cut_off["grpo"]:.1%} with both, {cut_off["drgrpo"]:.1%} with Dr. GRPO. Training reward minus Dr.
+GRPO's, over steps 10 to 29: {gains[MIDDLE]}; over steps 30 to 39: {gains[LATE]}. Held-out
+accuracy (greedy) hardly differs at the end: {accuracy["drgrpo"]:.3f} with Dr. GRPO and
+{accuracy["grpo"]:.3f} with GRPO.
 
 In the figure a line is the mean over {seeds} seeds and a band one standard deviation; a step is
 pooled with {SMOOTH} steps on each side. p is of an exact sign-flip test over seeds, which with

@@ -148,7 +148,7 @@ likeliest habit is to guess."""
 
 FINDING = Finding(
     "random_reward",
-    "With a coin as the reward accuracy does not rise: on clean problems a gain needs the reward",
+    "With a coin as the reward the toy's accuracy does not rise",
     measure,
     draw,
     measured,
