@@ -209,7 +209,7 @@ STYLE: Any = {  # of matplotlib's rc parameters
     "axes.edgecolor": "#888888",
     "legend.frameon": False,
     "lines.linewidth": 2,
-    "svg.hashsalt": "drgrpo",  # the same numbers give the same file
+    "svg.hashsalt": "drgrpo",  # the same numbers give the same file, up to rounding of the layout
 }
 
 
