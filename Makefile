@@ -1,7 +1,7 @@
 # make toy        train the toy model and score it before and after
 # make test       check and test the code, in minutes
 # make test-all   the slow tests, too
-# make findings   the paper's claims on the toy: runs, tables and figures (about an hour)
+# make findings   the paper's claims on the toy: runs, tables and figures (hours on two cores)
 # make chaos      runs that are killed and go on; make fuzz: the grader under attack (10 minutes)
 # Each first makes .venv: with vLLM's CUDA build if there is an NVIDIA GPU, else with its CPU build.
 

@@ -32,9 +32,8 @@ INTRO = """# Findings: see it with your own eyes
 
 What [arXiv 2503.20783](https://arxiv.org/abs/2503.20783) says of GRPO and Dr. GRPO, tried on the
 toy of this repository: a base model of 0.2M parameters ([toy_base](../toy_base)) that is asked to
-add four numbers. Each finding is one command; `make findings` runs all of them, in about an hour on
-two cores. They share their training runs (`runs/findings-*`), and a finished run is not trained
-again.
+add four numbers. Each finding is one command; `make findings` runs all of them. They share their
+training runs (`runs/findings-*`), and a finished run is not trained again.
 
 A toy can show that an effect exists and where it comes from. It cannot show how large the effect is
 in a large model. "Not shown" says what each finding leaves open.
