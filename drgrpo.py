@@ -157,9 +157,9 @@ class Config:
         positive = ("prompts_per_step", "responses_per_update", "max_response_tokens", "eval_every")
         positive += ("temperature", "clip_eps", "max_grad_norm", "tokens_per_microbatch")
         positive += ("save_every", "tis_cap", "max_gap")  # these may be None
-        values = {key: getattr(self, key) for key in positive}
         wrong = []
-        for key, value in values.items():
+        for key in positive:
+            value = getattr(self, key)
             if value is not None and not value > 0:
                 wrong.append(f"{key} must be above 0")
         if self.seed < 0:
@@ -327,7 +327,7 @@ def train(
             rollouts: list[Rollout] = []
             if step % config.eval_every == 0 or step == config.steps:
                 metrics |= evaluate(sampler, grader, held_out, config)
-                run.export(step, metrics, full_weights(policy.model, policy.saved_dtype))
+                run.export(step, full_weights(policy.model, policy.saved_dtype))
             if step < config.steps:
                 learned, rollouts = train_step(
                     config, step, problems, policy, optimizer, sampler, grader

@@ -25,7 +25,7 @@ from support import records
 from support.data import Problem, derive_seed, load_problems, load_tokenizer
 from support.grader import Grader, check_reward, refuse_broken_reward
 from support.records import mean, number
-from support.run import end_ranks, from_all_ranks, start_ranks
+from support.run import check_compiler, end_ranks, from_all_ranks, start_ranks
 from templates import TEMPLATES
 
 # ---------------------------------------------------------------------------------- settings
@@ -365,6 +365,7 @@ def prepare(config: EvalConfig) -> tuple[str, dict[str, list[Problem]]]:
     runs/NAME/model is a link, which a run may switch meanwhile: the model is the folder behind it.
     Raises ValueError that says what to do.
     """
+    check_compiler()
     is_folder = Path(config.model).is_dir()
     model = str(Path(config.model).resolve()) if is_folder else config.model
     tokenizer = load_tokenizer(model, config.context)

@@ -339,7 +339,7 @@ def measure(config: PlanConfig, prepared: tuple, watch: "Watch", ends: ExitStack
     if not all(map(torch.equal, saved, loaded)):
         raise RuntimeError("the state that was loaded is not the one that was to be saved")
     with watch({}, "export"):
-        run.export(2, {}, drgrpo.full_weights(policy.model, policy.saved_dtype))
+        run.export(2, drgrpo.full_weights(policy.model, policy.saved_dtype))
     return report(config, problems, held_out, watch, metrics)
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
@@ -231,6 +230,7 @@ def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict[s
     ValueError that says what to change.
     """
     check_tracker(config.track)
+    check_compiler()
     tokenizer, problems, held_out, dropped = load_data(config)
     check_reward(config.reward, [part[0].row for part in (problems, held_out) if part])
     if os.environ.get("RANK", "0") == "0":  # if it ends with an error, torchrun ends the others
@@ -240,6 +240,16 @@ def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict[s
             if message := unreadable_golds(part):
                 say(f"{name}: {message}")
     return tokenizer, problems, held_out, dropped
+
+
+def check_compiler() -> None:
+    """Raises ValueError if there is no compiler: torch and vLLM compile when the engine starts."""
+    compilers = [os.environ.get("CXX", "g++")]
+    if torch.cuda.is_available():
+        compilers = [os.environ.get("CC", "gcc"), "clang"]
+    if not any(shutil.which(name.split()[0]) for name in compilers):
+        names = " or ".join(compilers)
+        raise ValueError(f"no compiler {names}: install it, for example with `apt install g++`")
 
 
 def what_is_asked(config: "Config", problems: list[Problem], held_out: list[Problem]) -> str:
@@ -480,8 +490,8 @@ class Run:
         if is_time and not self.finished:
             self.states.save(step)
 
-    def export(self, step: int, metrics: dict, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Save the model as it is before step `step`, with the scores it has; not the base model.
+    def export(self, step: int, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Save the model as it is before step `step`; before step 0 it is still the base model.
 
         `weights` are (name, full weight) that all ranks gather one by one; rank 0 writes. There are
         two folders in turn, and `model` is switched to the new one in one operation.
@@ -507,7 +517,6 @@ class Run:
         # temperature without do_sample
         generation_config = self.model.generation_config.to_json_string()
         (new / "generation_config.json").write_text(generation_config)
-        (new / "README.md").write_text(model_card(self.config, step, metrics))
         new_link = link.with_name(".model.new")
         new_link.unlink(missing_ok=True)
         new_link.symlink_to(new.name)
@@ -530,17 +539,3 @@ def say_if_scarce(folder: Path, policy: "Policy") -> None:
     ):
         if needed > free:
             say(f"little {name}: {free / 1e9:.1f} GB are free, saving may take {needed / 1e9:.1f}")
-
-
-def model_card(config: "Config", step: int, metrics: dict) -> str:
-    """README.md of a saved model: what it is, how it was made, what it scores."""
-    scores = []
-    for key, value in metrics.items():
-        if key.startswith("eval_") and value is not None:
-            scores.append(f"{key} {value:.4g}")
-    return (
-        f"---\nbase_model: {config.model}\nlibrary_name: transformers\n---\n\n"
-        f"{config.model}, trained with Dr. GRPO on {config.dataset}, step {step} of {config.steps}:"
-        f"\n\n    python {shlex.join(sys.argv)}\n\n"
-        f"One greedy response to each problem of {config.eval_dataset}: {', '.join(scores)}.\n"
-    )

@@ -340,6 +340,19 @@ def test_a_folder_that_cannot_hold_a_run_is_refused_before_a_model_loads(here, m
         check_folder(small(), "")
 
 
+@pytest.mark.parametrize("gpu, names", [(False, r"g\+\+"), (True, "gcc or clang")])
+def test_a_missing_compiler_is_named_before_a_model_loads(here, monkeypatch, gpu, names):
+    """torch and vLLM compile when the engine starts; their own errors are pages long."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("CXX", "g++ -O1")
+    support.run.check_compiler()
+    for variable in ("CXX", "CC"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ValueError, match=f"no compiler {names}: install it"):
+        support.run.prepare(small())
+
+
 def test_rank_0_alone_checks_the_folder(here, monkeypatch):
     """All ranks would print the changed settings, and write over each other."""
     monkeypatch.setenv("RANK", "1")

@@ -4,7 +4,6 @@ import errno
 import os
 import resource
 import shutil
-import sys
 import threading
 import warnings
 from contextlib import contextmanager
@@ -316,9 +315,9 @@ def export(here, monkeypatch):
     policy = SimpleNamespace(model=model, parameters=model.parameters, saved_dtype=torch.float32)
     run = Run(small(), tokenizer, [], [], {}, policy, optimizer)
 
-    def export(step, **metrics):
+    def export(step):
         weights = {name: torch.full_like(w, step) for name, w in model.state_dict().items()}
-        run.export(step, metrics, weights.items())
+        run.export(step, weights.items())
 
     export.run = run
     return export
@@ -347,7 +346,7 @@ def test_an_export_loads_with_the_policys_logprobs(here, tied, dtype):
         for weight in learner.policy.parameters():
             weight.mul_(2)  # exact in bf16
     model = learner.policy.model
-    run.export(2, {}, full_weights(model, learner.policy.saved_dtype))
+    run.export(2, full_weights(model, learner.policy.saved_dtype))
     saved = AutoModelForCausalLM.from_pretrained(RUN / "model")
     weights = load_file(RUN / "model" / "model.safetensors")
     assert type(saved) is Qwen2ForCausalLM and saved.dtype == dtype
@@ -366,7 +365,7 @@ def test_there_are_two_folders_in_turn_behind_a_link_that_may_move(export):
     export(0)
     assert not RUN.joinpath("model").exists(), "the base model is there already"
     for step, folder in ((8, "export-1"), (16, "export-2"), (24, "export-1"), (24, "export-2")):
-        export(step, eval_accuracy=0.25, eval_length_wrong=None)
+        export(step)
         assert os.readlink(RUN / "model") == folder and value_of_the_model() == step
         assert sorted(file.name for file in RUN.glob("*export*")) == [folder]
         assert not RUN.joinpath(".model.new").exists()
@@ -439,21 +438,12 @@ def test_rank_0_alone_keeps_the_weights_and_as_copies(export, monkeypatch):
     """What was gathered may be a view of padded shards; other ranks only help to gather it."""
     kept, weight = [], torch.ones(3)
     monkeypatch.setattr(support.run, "save_torch_state_dict", lambda found, _: kept.append(found))
-    export.run.export(1, {}, [("a", weight)])
+    export.run.export(1, [("a", weight)])
     assert torch.equal(kept[0]["a"], weight) and kept[0]["a"].data_ptr() != weight.data_ptr()
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     gathered = mock.Mock()
-    export.run.export(1, {}, iter([("a", gathered)]))
+    export.run.export(1, iter([("a", gathered)]))
     assert len(kept) == 1 and not gathered.to.called
-
-
-def test_a_saved_model_has_a_card_with_what_made_it_and_what_it_scores(export, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["drgrpo.py", "math-7b", "--name", "my run"])
-    export(2, eval_accuracy=0.25, eval_length_wrong=None)
-    card = (RUN / "model" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: base\n") and "step 2 of 4" in card
-    assert "\n    python drgrpo.py math-7b --name 'my run'\n" in card
-    assert "eval_accuracy 0.25." in card and "None" not in card
 
 
 def save_with_a_failure_on_rank_1():
