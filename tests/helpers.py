@@ -15,8 +15,6 @@ from drgrpo import PRESETS, Policy, Rollout, collate
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = PRESETS["toy"][1]
-# The folder of aime24.jsonl, math500.jsonl and so on, where somebody has them
-DATA = Path(os.environ.get("DRGRPO_DATA", "/nowhere"))
 # What eval.py needs to score the toy model
 TOY_EVAL = dict(template="none", max_prompt_tokens=64, max_response_tokens=72)
 LONG = [int(i) for i in np.random.default_rng(0).integers(5, 60, 290)]  # a prompt of many blocks

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from drgrpo import Rollout
 from support import records
@@ -225,47 +226,26 @@ def test_warnings_know_stop_strings_and_what_being_cut_off_pays():
 # ------------------------------------------------------------------------------ trackers
 
 
-class FakeWriter:
-    """TensorBoard's writer; shows what is safe on the disk."""
-
-    def __init__(self, folder, purge_step):
-        self.purge_step, self.written, self.waiting, self.closed = purge_step, [], [], 0
-        FakeWriter.last = self
-
-    def add_scalar(self, key, value, step):
-        self.waiting.append((key, value, step))
-
-    def flush(self):
-        self.written += self.waiting
-        self.waiting = []
-
-    def close(self):
-        self.closed += 1
+def points(folder):
+    """{(key, step): value} of what TensorBoard would show of a run."""
+    events = EventAccumulator(str(folder)).Reload()
+    found = {}
+    for key in events.Tags()["scalars"]:
+        found |= {(key, event.step): event.value for event in events.Scalars(key)}
+    return found
 
 
-@pytest.fixture
-def writer(monkeypatch):
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = FakeWriter
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(records.importlib.util, "find_spec", lambda name: name)
-    return FakeWriter
-
-
-def test_every_point_reaches_the_tracker_at_once_and_it_is_closed(fake_run, writer, tmp_path):
+def test_tensorboard_shows_each_point_at_once_and_none_that_is_made_again(fake_run, tmp_path):
     fake_run(track="tensorboard", steps=2)
-    rows = read_jsonl(tmp_path / "runs" / "run" / "metrics.jsonl")
-    expected = {
-        (key, row["step"]): value for row in rows for key, value in row.items() if value is not None
-    }
-    assert {(key, step): value for key, value, step in writer.last.written} == expected
-    assert (writer.last.waiting, writer.last.closed, writer.last.purge_step) == ([], 1, 0)
-
-
-def test_tensorboard_forgets_the_points_that_are_made_again(writer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    records.Records(small(track="tensorboard"), {"dropped_problems": {}}, (), 3)
-    assert writer.last.purge_step == 3
+    folder, expected = tmp_path / "runs" / "run", {}
+    for row in read_jsonl(folder / "metrics.jsonl"):
+        expected |= {(key, row["step"]): v for key, v in row.items() if v is not None}
+    assert points(folder) == pytest.approx(expected)
+    again = records.Records(small(track="tensorboard"), {"dropped_problems": {}}, (), 1)
+    again.send({"step": 1, "reward": 0.25, "length_right": None})
+    expected = {key: value for key, value in expected.items() if key[1] == 0}
+    assert points(folder) == pytest.approx(expected | {("step", 1): 1, ("reward", 1): 0.25})
+    again.close(finished=False)
 
 
 class FakeWandb(types.ModuleType):
@@ -312,19 +292,6 @@ def test_a_tracker_that_is_not_installed_is_an_early_error(monkeypatch):
     check_tracker("no")
     with pytest.raises(ValueError, match="--track wandb needs `pip install wandb`"):
         check_tracker("wandb")
-
-
-def test_tensorboard_can_read_what_a_run_leaves(fake_run, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    fake_run(track="tensorboard", steps=2)
-    events = EventAccumulator(str(tmp_path / "runs" / "run"))
-    events.Reload()
-    rows = read_jsonl(tmp_path / "runs" / "run" / "metrics.jsonl")
-    assert [event.step for event in events.Scalars("reward")] == [0, 1]
-    found = [event.value for event in events.Scalars("gap")]
-    assert found == pytest.approx([row["gap"] for row in rows])
 
 
 # ------------------------------------------------------------------------------ curves
