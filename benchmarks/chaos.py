@@ -80,10 +80,7 @@ def kill_inside(kill: Kill) -> None:
 
     def send() -> None:
         time.sleep(kill.delay)
-        if kill.group:
-            os.killpg(os.getpgid(0), kill.signal)
-        else:
-            os.kill(os.getpid(), kill.signal)
+        os.kill(0 if kill.group else os.getpid(), kill.signal)  # 0 is the group
 
     def counted(*args, **kwargs):
         nonlocal calls
@@ -93,13 +90,6 @@ def kill_inside(kill: Kill) -> None:
         return function(*args, **kwargs)
 
     setattr(owner, name, counted)
-
-
-def run_child(kill: Kill | None) -> None:
-    """A run of drgrpo.py with the arguments that are left."""
-    if kill and os.environ.get("RANK", "0") == str(kill.rank):
-        kill_inside(kill)
-    drgrpo.main()
 
 
 # --------------------------------------------------------------------------------- the experiment
@@ -114,14 +104,9 @@ def start(options: Options, name: str, steps: int, kill: Kill | None = None) -> 
     command += [__file__, "child", json.dumps(asdict(kill) if kill else None)]
     command += ["toy", "--name", name, "--steps", str(steps), "--save-every", "1", *SETTINGS]
     with Path("runs", f"{name}.log").open("a") as log:
-        done = subprocess.run(
-            command,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-    return done.returncode
+        settings: dict = dict(stdout=log, stderr=log, start_new_session=True)
+        settings["env"] = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, **settings).returncode
 
 
 def run_to_the_end(options: Options, name: str, steps: int) -> bool:
@@ -194,7 +179,9 @@ def main() -> None:
     if sys.argv[1:2] == ["child"]:
         kill = json.loads(sys.argv[2])
         sys.argv = ["drgrpo.py", *sys.argv[3:]]
-        run_child(Kill(**kill) if kill else None)
+        if kill and os.environ.get("RANK", "0") == str(kill["rank"]):
+            kill_inside(Kill(**kill))
+        drgrpo.main()
         return
     options = tyro.cli(Options, description=__doc__)
     draw = random.Random(options.seed)

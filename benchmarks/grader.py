@@ -36,23 +36,23 @@ from pebble import ProcessExpired, ProcessPool
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from support.answers import answers_match, gold_answers, readable, spelling
 from support.grader import TIMEOUT, Grader
-from support.records import markdown, versions
+from support.records import markdown, read_rows, versions
 from templates import TEMPLATES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "grader.json"
 LIMIT = 30  # seconds for a response
 SLOW = 5  # seconds: the default limit of our grader and of math-verify's alarms
+PAIRS = 20_000  # of different golds of one file
+CASES = read_rows(ROOT / "tests" / "grader_cases.jsonl")
 
 
 @dataclass(frozen=True)
 class Options:
     """Which of the measurements; see the top of the file."""
 
-    cases: Path = ROOT / "tests" / "grader_cases.jsonl"
     paper_grader: Path | None = None
     golds: Path | None = None
-    pairs: int = 20_000  # of different golds of one file
     fuzz: float = 0  # minutes
     seed: int = 0
 
@@ -89,24 +89,22 @@ def judged(grader: Callable, case: dict, *args) -> tuple[bool, float]:
     return bool(grader(case, *args)), time.process_time() - start
 
 
-def figures(cases: list[dict], grader: Callable, *args) -> dict:
-    """What one grader does with the cases, in a process that is started again when lost."""
+def figures(grader: Callable, *args) -> dict:
+    """What one grader does with CASES, in a process that is started again when lost."""
     counts: Counter = Counter()
     times: list[float] = []
     wrong: list[int] = []
     with ProcessPool(1) as pool:
-        pool.schedule(judged, args=(grader, cases[0], *args)).result()  # loads what is loaded once
-        for case in cases:
+        pool.schedule(judged, args=(grader, CASES[0], *args)).result()  # loads what is loaded once
+        for case in CASES:
             start = time.perf_counter()
             try:
                 call = (grader, case, *args)
                 found = pool.schedule(judged, args=call, timeout=LIMIT).result()
-            except (PoolTimeout, ProcessExpired):
+            except Exception as error:  # the grader's own, whatever it is
                 found = False, time.perf_counter() - start
-                counts["killed"] += 1
-            except Exception:  # the grader's own, whatever it is
-                found = False, time.perf_counter() - start
-                counts["errors"] += 1
+                killed = isinstance(error, (PoolTimeout, ProcessExpired))
+                counts["killed" if killed else "errors"] += 1
             verdict, seconds = found
             counts["slow"] += seconds > SLOW
             if "bomb" not in case["note"]:
@@ -115,30 +113,23 @@ def figures(cases: list[dict], grader: Callable, *args) -> dict:
                 wrong.append(case["id"])
                 counts["false accepts" if verdict else "false rejects"] += 1
     times.sort()
-    return {
-        **{
-            key: counts[key]
-            for key in ("false accepts", "false rejects", "killed", "errors", "slow")
-        },
+    counted = ("false accepts", "false rejects", "killed", "errors", "slow")
+    return {key: counts[key] for key in counted} | {
         "median ms": round(statistics.median(times), 2),
         "99th percentile ms": round(times[int(0.99 * len(times))], 1),
         "wrong": wrong,
     }
 
 
-def compare(options: Options) -> dict:
-    cases = [json.loads(line) for line in options.cases.read_text().splitlines()]
-    found = {
-        "support/answers.py": figures(cases, ours),
-        "math-verify": figures(cases, plain),
-    }
-    if options.paper_grader:
-        found["paper"] = figures(cases, paper, options.paper_grader)
+def compare(paper_grader: Path | None) -> dict:
+    found = {"support/answers.py": figures(ours), "math-verify": figures(plain)}
+    if paper_grader:
+        found["paper"] = figures(paper, paper_grader)
     head = [key for key in found["math-verify"] if key != "wrong"]
     rows = [[name, *(str(row[key]) for key in head)] for name, row in found.items()]
-    right = sum(case["expected"] for case in cases)
-    print(f"{len(cases)} responses, {right} right\n\n" + markdown(["grader", *head], rows))
-    return {"cases": len(cases), "right": right, **found}
+    right = sum(case["expected"] for case in CASES)
+    print(f"{len(CASES)} responses, {right} right\n\n" + markdown(["grader", *head], rows))
+    return {"cases": len(CASES), "right": right, **found}
 
 
 # -------------------------------------------------------------------------- golds of benchmarks
@@ -155,13 +146,12 @@ def golds_of(file: Path) -> list[list[str]]:
     return [entry for entry in golds if entry]
 
 
-def check_golds(file: Path, pairs: int, seed: int) -> dict:
+def check_golds(golds: list[list[str]], seed: int) -> dict:
     """Golds that are not readable or not equal to themselves, and pairs of different ones that are
     taken for equal."""
-    golds, draw = golds_of(file), random.Random(seed)
-    texts = sorted({text for entry in golds for text in entry})
+    texts, draw = sorted({text for entry in golds for text in entry}), random.Random(seed)
     equal, tried = set(), 0
-    while tried < pairs:
+    while tried < PAIRS:
         (gold, *_), (answer, *_) = draw.sample(golds, 2)
         if spelling(gold) != spelling(answer):
             tried += 1
@@ -171,7 +161,7 @@ def check_golds(file: Path, pairs: int, seed: int) -> dict:
         "golds": len(golds),
         "unreadable": [text for text in texts if not readable(text)],
         "not equal to itself": [text for text in texts if not answers_match(f"$ {text} $", text)],
-        "pairs": pairs,
+        "pairs": PAIRS,
         "equal": sorted(equal),
     }
 
@@ -221,19 +211,12 @@ def listed(draw: random.Random) -> Attack:
     """Several answers for several, for one, or too few; in many ways of writing."""
     gold = draw.sample(range(-30, 30), draw.randint(1, 4))
     answer, spare = draw.sample(gold, len(gold)), draw.randint(31, 60)
-    changes = [
-        answer,
-        answer,
-        [*answer, spare],
-        [spare, *answer[1:]],
-        [*answer, answer[0]],
-        answer[1:],
-    ]
+    changes = [answer, answer, [*answer, spare], [spare, *answer[1:]]]
+    changes += [[*answer, answer[0]], answer[1:]]
     answer = draw.choice(changes)
     name = draw.choice(["", "", "x = "])
-    joint = draw.choice(
-        [", ", " \\text{ or } ", " \\text{ and } ", " or ", " \\lor ", " \\quad ", "; "]
-    )
+    joints = [", ", " \\text{ or } ", " \\text{ and } ", " or ", " \\lor ", " \\quad ", "; "]
+    joint = draw.choice(joints)
     text = joint.join(f"{name}{number}" for number in answer)
     return Attack(text, ", ".join(map(str, gold)), sorted(answer) == sorted(gold))
 
@@ -243,12 +226,9 @@ def system(draw: random.Random) -> Attack:
     points = [draw.sample(range(-9, 10), 2) for _ in range(draw.randint(1, 3))]
     right = draw.random() < 0.5
     written = [point if right else point[::-1] for point in points]
-    text = " \\text{ and } ".join(
-        f"x = {x}, y = {y}" for x, y in draw.sample(written, len(written))
-    )
-    if not right and sorted(written) == sorted(points):
-        right = True
-    return Attack(text, ", ".join(f"({x}, {y})" for x, y in points), right)
+    equations = [f"x = {x}, y = {y}" for x, y in draw.sample(written, len(written))]
+    gold = ", ".join(f"({x}, {y})" for x, y in points)
+    return Attack(" \\text{ and } ".join(equations), gold, sorted(written) == sorted(points))
 
 
 def near(draw: random.Random) -> Attack:
@@ -317,7 +297,6 @@ def hostile(draw: random.Random) -> Attack:
 LETTERS = (
     "0123456789+-*/^_{}()[]\\$.,;:=<>|! abcxyzN\u03c0\u221a\u221e\u2264\u00b2\u2026\u4e2d\U0001f600"
 )
-CASES = [json.loads(line) for line in Options.cases.read_text().splitlines()]
 
 
 def mutated(draw: random.Random) -> Attack:
@@ -327,9 +306,8 @@ def mutated(draw: random.Random) -> Attack:
     for _ in range(draw.randint(1, 5)):
         place, end = sorted(draw.randint(0, len(text)) for _ in "ab")
         part = text[place : min(end, place + 20)]
-        new = draw.choice(
-            ["", part * 2, part[::-1], draw.choice(LETTERS), part.upper(), "\\" + part]
-        )
+        letter = draw.choice(LETTERS)
+        new = draw.choice(["", part * 2, part[::-1], letter, part.upper(), "\\" + part])
         text = text[:place] + new + text[place + len(part) :]
     return Attack(text, case["gold"], None)
 
@@ -379,15 +357,13 @@ def main() -> None:
     if options.fuzz:
         measured = {"fuzz": attack(options.fuzz, options.seed)}
     elif options.golds:
-        files = sorted(options.golds.glob("*.jsonl"))
-        files = [file for file in files if golds_of(file)]
-        golds = {file.stem: check_golds(file, options.pairs, options.seed) for file in files}
+        sets = {file.stem: golds_of(file) for file in sorted(options.golds.glob("*.jsonl"))}
+        golds = {name: check_golds(some, options.seed) for name, some in sets.items() if some}
         print(json.dumps(golds, indent=1))
         measured = {"golds": golds}
     else:
-        measured = {"cases": compare(options)}
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.parent.mkdir(exist_ok=True)
+        measured = {"cases": compare(options.paper_grader)}
+    results = json.loads(RESULTS.read_text())
     RESULTS.write_text(json.dumps(results | measured | {"versions": versions()}, indent=1) + "\n")
     sys.exit(1 if measured.get("fuzz", {}).get("wrong") else 0)
 

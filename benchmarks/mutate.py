@@ -3,7 +3,7 @@
     python benchmarks/mutate.py drgrpo.py update drgrpo_loss --tests test_drgrpo.py -m "not slow"
 
 A file, and names of functions or classes in it (none: the whole file). What follows `--tests` is
-for pytest. `--part 1/2` takes every second change. The changes: an operator for its neighbour, a
+for pytest. The changes: an operator for its neighbour, a
 number plus 1, True for False, a condition for its opposite, a statement or method call left out.
 """
 
@@ -93,16 +93,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("file")
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--part", default="1/1")
     parser.add_argument("--tests", nargs=argparse.REMAINDER, required=True)
     options = parser.parse_args()
     source = (ROOT / options.file).read_text()
     if is_noticed(options.file, source, options.tests):
         sys.exit("error: the tests fail without any change")
-    part, parts = map(int, options.part.split("/"))
-    tried = list(mutants(source, options.names))[part - 1 :: parts]
-    missed = [what for what, mutant in tried if not is_noticed(options.file, mutant, options.tests)]
-    print(*missed, f"{len(missed)} of {len(tried)} changes were not noticed", sep="\n")
+    tried, missed = list(mutants(source, options.names)), 0
+    for what, mutant in tried:
+        if not is_noticed(options.file, mutant, options.tests):
+            missed += 1
+            print(what, flush=True)
+    print(f"{missed} of {len(tried)} changes were not noticed")
 
 
 if __name__ == "__main__":

@@ -28,23 +28,24 @@ SHAPES = {
 }
 
 
-def make_model(shape: str, folder: Path = Path("runs/shapes"), seed: int = 0) -> str:
+def make_model(shape: str) -> str:
     """The folder of a checkpoint of this shape; "toy" is the toy base model, which is trained."""
     make_toy()
     if shape == "toy":
         return "runs/toy-base/model"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path("runs/shapes")
+    folder.mkdir(exist_ok=True)
     with FileLock(folder / f".{shape}.lock"):  # of several ranks one makes it, the others wait
         if not (folder / shape).exists():
             with tempfile.TemporaryDirectory(dir=folder) as temporary:
-                random_model(shape, seed).save_pretrained(f"{temporary}/{shape}")
+                random_model(shape).save_pretrained(f"{temporary}/{shape}")
                 tokenizer = AutoTokenizer.from_pretrained("runs/toy-base/model")
                 tokenizer.save_pretrained(f"{temporary}/{shape}")
                 Path(temporary, shape).rename(folder / shape)
     return str(folder / shape)
 
 
-def random_model(shape: str, seed: int) -> Qwen2ForCausalLM:
+def random_model(shape: str) -> Qwen2ForCausalLM:
     hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[shape]
     config = Qwen2Config(
         vocab_size=vocabulary,
@@ -58,7 +59,7 @@ def random_model(shape: str, seed: int) -> Qwen2ForCausalLM:
         eos_token_id=0,
         dtype="bfloat16",
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     model = Qwen2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
@@ -66,20 +67,20 @@ def random_model(shape: str, seed: int) -> Qwen2ForCausalLM:
     return model
 
 
-def length_mix(count: int, longest: int, seed: int = 0) -> list[int]:
+def length_mix(count: int, longest: int) -> list[int]:
     """Log-normal lengths as of a reasoning model's responses: of mean 700 before they are cut off
     at a limit of 3000, and in proportion elsewhere."""
-    drawn = np.random.default_rng(seed).lognormal(-0.5, 1.0, count)  # mean 1
+    drawn = np.random.default_rng(0).lognormal(-0.5, 1.0, count)  # mean 1
     return [int(n) for n in np.clip(drawn * longest * 700 / 3000, 2, longest)]
 
 
-def make_problems(count: int, tokens: int, seed: int = 0) -> list[Problem]:
+def make_problems(count: int, tokens: int) -> list[Problem]:
     """Random prompts of so many tokens, each with a fraction as its answer."""
-    draw = random.Random(seed)
-    return [
-        Problem("", [draw.randrange(2, 250) for _ in range(tokens)], [fraction(draw)])
-        for _ in range(count)
-    ]
+    draw, problems = random.Random(0), []
+    for _ in range(count):
+        prompt = [draw.randrange(2, 250) for _ in range(tokens)]
+        problems.append(Problem("", prompt, [fraction(draw)]))
+    return problems
 
 
 def fraction(draw: random.Random) -> str:

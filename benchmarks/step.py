@@ -16,18 +16,14 @@ best matrix product in fp32 here.
 """
 
 import json
-import os
 import platform
 import random
 import statistics
 import sys
-import threading
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 import torch.distributed as dist
 import tyro
@@ -36,6 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import drgrpo
 from benchmarks.shapes import SHAPES, length_mix, make_model, make_problems, response_text
+from plan import Watch
 from support.records import markdown, versions
 from support.run import all_reduce
 
@@ -52,7 +49,6 @@ class Options:
     samples: int = 8  # responses to each
     updates: int = 1  # optimizer steps a step
     longest: int = 3000  # limit of a response, in tokens
-    equal: bool = False  # all responses have this length, in place of a mix
     prompt_tokens: int = 150
     tokens_per_microbatch: int = 16384
     activation_checkpointing: bool = False
@@ -79,15 +75,9 @@ class Answering(drgrpo.Sampler):
 class FixedLengths(Answering):
     """A sampler whose responses to each problem have the length that the mix says."""
 
-    equal = False  # whether all responses have the longest length, in place of the mix
-
-    def lengths(self, count: int, longest: int) -> list[int]:
-        """This rank's, one for each of its problems."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        return [longest] * count if self.equal else length_mix(count * world, longest)[rank::world]
-
     def generate(self, problems, seeds, n, max_tokens, temperature, stop):
-        lengths = self.lengths(len(problems), max_tokens)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        lengths = length_mix(len(problems) * world, max_tokens)[rank::world]
         llm_generate = self.llm.generate
 
         def fixed(prompts, params, **options):
@@ -100,39 +90,6 @@ class FixedLengths(Answering):
             return super().generate(problems, seeds, n, max_tokens, temperature, stop)
         finally:
             self.llm.generate = llm_generate
-
-
-def memory_in_use() -> float:
-    """GiB: on a GPU all that is taken from the device, by vLLM too; on a CPU this process's."""
-    if drgrpo.CUDA:  # any thread may ask, and only the main one has a current device
-        free, total = torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))
-        return (total - free) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-class Watch:
-    """Replaces `drgrpo.timed`: notes the highest memory in use in each phase, too."""
-
-    def __init__(self):
-        self.peaks, self.phases, self.timed = {}, [], drgrpo.timed
-        threading.Thread(target=self.keep_noting, daemon=True).start()
-
-    def note(self) -> None:
-        for phase in list(self.phases):
-            self.peaks[phase] = max(self.peaks.get(phase, 0.0), memory_in_use())
-
-    def keep_noting(self) -> None:
-        while True:
-            self.note()
-            time.sleep(0.02)
-
-    @contextmanager
-    def __call__(self, metrics, phase):
-        self.phases.append(phase)
-        with self.timed(metrics, phase):
-            yield
-        self.note()
-        self.phases.remove(phase)
 
 
 class Passes:
@@ -217,11 +174,10 @@ def figures(metrics: dict, rollouts: list) -> dict[str, float]:
 
 
 def measure(options: Options) -> dict:
-    """What was measured: medians over the steps; `peaks` are GiB by phase."""
+    """What was measured: medians over the steps; `peaks` are bytes by phase."""
     config, (device, peak) = make_config(options), peak_flops()
     watch = Watch()
     drgrpo.Sampler, drgrpo.timed = FixedLengths, watch  # type: ignore[misc,assignment]
-    FixedLengths.equal = options.equal
     with drgrpo.start(config) as (policy, optimizer, sampler, grader):
         passes = Passes(policy)
         problems, rows = make_problems(options.prompts, options.prompt_tokens), []
@@ -245,25 +201,22 @@ def measure(options: Options) -> dict:
 
 def report(result: dict) -> str:
     whole = result["seconds_step"]
-    names = {
-        "score": "waiting for the grader",
-        "sync": "wake and sync",
-        "learn": "- of it learning",
-    }
+    names = {"score": "waiting for the grader", "learn": "- of it learning"}
+    names |= {"sync": "wake and sync"}
     rows = []
     for phase in ("sample", "sleep", "score", "update", "learn", "sync"):
         seconds = result[f"seconds_{phase}"]
         tokens = {"sample": result["sampled"], "learn": result["trained"]}.get(phase)
         rate = f"{tokens / seconds:.0f}" if tokens else ""
-        peak = f"{result['peaks'][phase]:.2f}" if phase in result["peaks"] else ""
+        peak = f"{result['peaks'][phase] / 2**30:.2f}" if phase in result["peaks"] else ""
         name = names.get(phase, phase)
         rows.append([name, f"{seconds:.3f}", f"{seconds / whole:.1%}", rate, peak])
     rows.append(["whole step", f"{whole:.3f}", "", f"{result['sampled'] / whole:.0f}", ""])
+    table = markdown(["phase", "seconds", "share", "tokens/s", "peak memory (GiB)"], rows)
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return (
-        markdown(["phase", "seconds", "share", "tokens/s", "peak memory (GiB)"], rows)
-        + f"\n\nReal tokens among processed: {result['real_tokens']:.1%}. Learner's MFU "
-        f"{result['mfu']:.1%}. {result['device']}, {result['ranks']} rank(s); "
-        + ", ".join(f"{k} {v}" for k, v in versions().items())
+        f"{table}\n\nReal tokens among processed: {result['real_tokens']:.1%}. Learner's MFU "
+        f"{result['mfu']:.1%}. {result['device']}, {result['ranks']} rank(s); {packages}"
     )
 
 

@@ -9,12 +9,12 @@ number of optimizer steps, precision and AdamW, no activation checkpointing, and
 that leaves the model as it is. The learner alone gets the same responses, too: lengths are those of
 `shapes.length_mix`, rewards a coin; with one update a round, the first gradient norms must agree,
 and what TRL does before its first forward pass (decoding, rewards, padding) is not counted, though
-our own padding is. TRL also computes the entropy of every token, which it logs. In the whole
-step both sample for themselves, from the toy's problems, and call the same grader; TRL generates
-with transformers on a CPU, and on a GPU with vLLM in the same process, asleep while it learns, as
-here. The toy model answers; the other shapes have random weights, so their responses get an answer,
-every second one right. Responses end where the model says so: nearly all of `--shape 10m` have the
-full length, those of `10m-eos` are of mixed lengths. TRL runs once for each of `--rows` rows a
+our own padding is. TRL also computes the entropy of every token, which it logs. In the whole step
+both sample for themselves, from the toy's problems, and call the same grader; TRL generates with
+transformers on a CPU, and on a GPU with vLLM in the same process, asleep while it learns, as here.
+The toy model answers; the other shapes have random weights, so their responses get an answer, every
+second one right. Responses end where the model says so: nearly all of `--shape 10m` have the full
+length, those of `10m-eos` are of mixed lengths. TRL runs once for each of `--rows` rows a
 micro-batch, and its best counts. Seconds are of a round, without the first rounds, the median over
 all turns.
 """
@@ -45,6 +45,9 @@ from support.records import markdown, versions
 from support.run import start_ranks
 from templates import TEMPLATES
 
+# Seconds of each round, norms of the gradients, and response tokens of each round
+Found = tuple[list[float], list[float], list[int]]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -72,10 +75,9 @@ def fixed_rollouts(options: Options) -> list[drgrpo.Rollout]:
     for i, length in enumerate(length_mix(count, options.longest)):
         response = draw.integers(2, 250, length).tolist()
         problem = i // options.samples
+        reward, logprobs = float(draw.integers(2)), [0.0] * length
         rollouts.append(
-            drgrpo.Rollout(
-                problem, prompts[problem], response, [0.0] * length, reward=float(draw.integers(2))
-            )
+            drgrpo.Rollout(problem, prompts[problem], response, logprobs, reward=reward)
         )
     rewards = torch.tensor([r.reward for r in rollouts]).view(options.prompts, -1)
     for rollout, advantage in zip(rollouts, drgrpo.group_advantages(rewards).flatten().tolist()):
@@ -84,7 +86,6 @@ def fixed_rollouts(options: Options) -> list[drgrpo.Rollout]:
 
 
 def our_config(options: Options) -> drgrpo.Config:
-    n = options.prompts * options.samples
     return drgrpo.Config(
         name="vs_trl",
         model=make_model(options.shape),
@@ -93,7 +94,7 @@ def our_config(options: Options) -> drgrpo.Config:
         prompts_per_step=options.prompts,
         samples_per_prompt=options.samples,
         lr=1e-12,
-        responses_per_update=n // options.updates,
+        responses_per_update=options.prompts * options.samples // options.updates,
         max_prompt_tokens=options.prompt_tokens,
         max_response_tokens=options.longest,
         max_gap=100.0,
@@ -113,16 +114,12 @@ def toy_problems(model: str):
     return load_problems("runs/toy-base/train.jsonl", tokenizer, TEMPLATES["none"], 64)[0]
 
 
-def run_ours(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
-    """Seconds of each round, norms of the gradients, and response tokens of each round."""
+def run_ours(options: Options, rounds: int) -> Found:
+    return whole_steps(options, rounds) if options.whole else learner(options, rounds)
+
+
+def whole_steps(options: Options, rounds: int) -> Found:
     config = our_config(options)
-    return (
-        whole_steps(config, options, rounds) if options.whole else learner(config, options, rounds)
-    )
-
-
-def whole_steps(config: drgrpo.Config, options: Options, rounds: int):
-    """As run_ours, of whole steps."""
     if options.shape != "toy":
         drgrpo.Sampler = Answering  # type: ignore[misc]
     problems = toy_problems(config.model)
@@ -140,8 +137,9 @@ def whole_steps(config: drgrpo.Config, options: Options, rounds: int):
     return seconds, norms, tokens
 
 
-def learner(config: drgrpo.Config, options: Options, rounds: int):
-    """As run_ours, of learning alone, from responses that are given."""
+def learner(options: Options, rounds: int) -> Found:
+    """Learning alone, from responses that are given."""
+    config = our_config(options)
     start_ranks()
     policy = drgrpo.make_policy(config)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), fused=True)
@@ -254,8 +252,7 @@ def learner_task(options: Options, rounds: int, tokens: list[int]):
     return data, reward, rollout
 
 
-def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], list[int]]:
-    """As run_ours."""
+def run_trl(options: Options, rounds: int) -> Found:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOTrainer
@@ -272,10 +269,8 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
             seconds.append(time.perf_counter() - self.start)
 
     clock = Clock()
-    if options.whole:
-        data, reward, rollout = whole_task(options, rounds, tokens)
-    else:
-        data, reward, rollout = learner_task(options, rounds, tokens)
+    task = whole_task if options.whole else learner_task
+    data, reward, rollout = task(options, rounds, tokens)
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         args=trl_arguments(options, rounds),
@@ -289,10 +284,8 @@ def run_trl(options: Options, rounds: int) -> tuple[list[float], list[float], li
         leave_out_scoring(trainer, clock)
     trainer.train()
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
-    by_round = [
-        sum(seconds[i : i + options.updates]) for i in range(0, len(seconds), options.updates)
-    ]
-    return by_round, norms, tokens
+    starts = range(0, len(seconds), options.updates)
+    return [sum(seconds[i : i + options.updates]) for i in starts], norms, tokens
 
 
 def compare(options: Options) -> str:
@@ -302,12 +295,9 @@ def compare(options: Options) -> str:
     for _ in range(options.turns):
         for side, rows in sides:
             own = [*sys.argv[1:], "--side", side, "--rows", *map(str, rows)]
-            done = subprocess.run(
-                [sys.executable, __file__, *own],
-                capture_output=True,
-                text=True,
-                env=os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"},
-            )
+            command = [sys.executable, __file__, *own]
+            silent = os.environ | {"TRL_EXPERIMENTAL_SILENCE": "1"}
+            done = subprocess.run(command, capture_output=True, text=True, env=silent)
             if done.returncode:
                 sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
             seconds, norms, tokens = json.loads(done.stdout.splitlines()[-1])
@@ -318,25 +308,20 @@ def compare(options: Options) -> str:
         sys.exit(f"the sides did not do the same work: first gradient norms {norms}")
     medians = {side: statistics.median(seconds) for side, (seconds, _, _) in found.items()}
     ours, best = medians[sides[0]], min(medians[side] for side in sides[1:])
-    table = markdown(
-        ["", "seconds a round (min, max)", "response tokens/s", "first gradient norm", "ours / it"],
-        [
-            [
-                "drgrpo.py" if side == "ours" else f"TRL, {rows[0]} rows a micro-batch",
-                f"{medians[side, rows]:.3f} ({min(seconds):.3f}, {max(seconds):.3f})",
-                f"{statistics.mean(tokens) / medians[side, rows]:.0f}",
-                f"{norms[0]:.4g}",
-                f"{ours / medians[side, rows]:.2f}",
-            ]
-            for (side, rows), (seconds, norms, tokens) in found.items()
-        ],
-    )
-    found_versions = versions() | {"trl": version("trl")}
-    device = (
-        torch.cuda.get_device_name() if drgrpo.CUDA else f"{torch.get_num_threads()} CPU threads"
-    )
-    return f"{table}\n\nOurs takes {ours / best:.2f} of TRL's best. {device}; " + ", ".join(
-        f"{name} {v}" for name, v in found_versions.items()
+    head = ["", "seconds a round (min, max)", "response tokens/s", "first gradient norm"]
+    table = []
+    for (side, rows), (seconds, norms, tokens) in found.items():
+        median = medians[side, rows]
+        name = "drgrpo.py" if side == "ours" else f"TRL, {rows[0]} rows a micro-batch"
+        cells = [name, f"{median:.3f} ({min(seconds):.3f}, {max(seconds):.3f})"]
+        cells += [f"{statistics.mean(tokens) / median:.0f}", f"{norms[0]:.4g}"]
+        table.append([*cells, f"{ours / median:.2f}"])
+    threads = f"{torch.get_num_threads()} CPU threads"
+    device = torch.cuda.get_device_name() if drgrpo.CUDA else threads
+    packages = versions() | {"trl": version("trl")}
+    return (
+        f"{markdown([*head, 'ours / it'], table)}\n\nOurs takes {ours / best:.2f} of TRL's best. "
+        f"{device}; " + ", ".join(f"{name} {number}" for name, number in packages.items())
     )
 
 

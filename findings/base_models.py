@@ -9,7 +9,6 @@ self-reflection and what it is worth. Other options go to eval.py as they are.
 """
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -22,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from findings.common import BLUE, GREEN, GREY, ROOT, TOY_BASE, Finding
 from support.records import markdown, mean, number, read_rows
 from templates import last_boxed
-from toy import make_toy
+
+CLAIM = "The base model can do it before training, if it is asked in the way it knows"
 
 # Words of self-reflection: the list of the paper and of its keyword_count.py
 REFLECTION = (
@@ -74,9 +74,7 @@ def ask(model: str, template: str, folder: Path, n: int, options: list[str]) -> 
 
 def analysis_table(results: list[dict]) -> str:
     """Markdown, a line for each model, template and task."""
-    cells = []
-    for result in results:
-        cells.append([v if isinstance(v, str) else number(v) for v in result.values()])
+    cells = [[v if isinstance(v, str) else number(v) for v in row.values()] for row in results]
     return markdown([key.replace("_", " ") for key in results[0]], cells)
 
 
@@ -103,9 +101,9 @@ def main() -> None:
 
 # -------------------------------------------------------------------------------- the finding
 
-N = 8
+N, TEMPLATES = 8, ("none", "qwen_math")
 # The prompts of qwen_math have up to 145 tokens
-OPTIONS = shlex.split(f"--tasks {TOY_BASE}/test.jsonl --max-prompt-tokens 160")
+OPTIONS = ["--tasks", f"{TOY_BASE}/test.jsonl", "--max-prompt-tokens", "160"]
 OPTIONS += ["--max-response-tokens", "72"]
 BARS = {"answered": GREY, "accuracy": BLUE, f"pass@{N}": GREEN}
 NAMES = {"answered": "holds an answer", "accuracy": "right", f"pass@{N}": f"right in {N} tries"}
@@ -124,10 +122,8 @@ def habits(rows: list[dict], n: int) -> dict:
 
 
 def measure() -> dict:
-    os.chdir(ROOT)
-    make_toy(TOY_BASE)
     numbers = {}
-    for template in ("none", "qwen_math"):
+    for template in TEMPLATES:
         folder = Path(f"runs/findings-base-{template}")
         rows = ask(f"{TOY_BASE}/model", template, folder, N, OPTIONS)
         numbers[template] = analyse(rows, N) | habits(rows, N) | {"problems": len(rows) // N}
@@ -138,12 +134,11 @@ def draw(numbers: dict) -> Figure:
     """Three bars for each template."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     axis = figure.subplots()
-    templates = ("none", "qwen_math")
     for shift, (key, color) in zip((-0.27, 0, 0.27), BARS.items(), strict=True):
-        heights = [numbers[template][key] for template in templates]
+        heights = [numbers[template][key] for template in TEMPLATES]
         bars = axis.bar(np.arange(2) + shift, heights, 0.25, color=color, label=NAMES[key])
         axis.bar_label(bars, fmt="%.2f", fontsize=8.5)
-    axis.set_xticks(range(2), [f"template {template}" for template in templates])
+    axis.set_xticks(range(2), [f"template {template}" for template in TEMPLATES])
     axis.set(title="The toy base model, before any training", ylim=(0, 1.1))
     axis.grid(False, axis="x")
     axis.legend(loc="upper right")
@@ -161,7 +156,7 @@ def measured(numbers: dict) -> str:
 def text(numbers: dict) -> str:
     head = ["template", *NAMES.values(), "worked out", "right of these", "right of the others"]
     rows = []
-    for template in ("none", "qwen_math"):
+    for template in TEMPLATES:
         found = numbers[template]
         keys = (*BARS, "worked", "accuracy_worked", "accuracy_other", "truncated")
         rows.append([template, *(number(found[key]) for key in keys)])
@@ -180,14 +175,7 @@ of them guesses of a digit, reach {none["pass_other"]:.1%} alone. Words of self-
 without a template, and that Llama and DeepSeek models need one."""
 
 
-FINDING = Finding(
-    "base_models",
-    "The base model can do it before training, if it is asked in the way it knows",
-    measure,
-    draw,
-    measured,
-    text,
-)
+FINDING = Finding("base_models", CLAIM, measure, draw, measured, text)
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:

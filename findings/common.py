@@ -13,7 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -87,28 +87,19 @@ class Run:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.txt").open("w") as log:
-            command = [sys.executable, *self.arguments]
-            threads = {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | threads
-            )
+            command, one_thread = [sys.executable, *self.arguments], {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, stdout=log, stderr=log, env=os.environ | one_thread)
         if done.returncode != 0:
-            log_text = (self.folder / "log.txt").read_text()
-            raise RuntimeError(f"{self.command} failed:\n{log_text[-2000:]}")
+            end = (self.folder / "log.txt").read_text()[-2000:]
+            raise RuntimeError(f"{self.command} failed:\n{end}")
 
 
 def train(runs: list[Run]) -> None:
     """See to it that all these runs are finished: `rm -r runs/findings-*` trains all anew."""
-    os.chdir(ROOT)  # the preset names its files relative to the repository
-    make_toy(TOY_BASE)
     # Two findings at once would train the same runs
     with FileLock("runs/.findings.lock"), ThreadPoolExecutor(AT_ONCE) as pool:
-        futures = [pool.submit(run.train) for run in runs]
-        try:
-            for future in tqdm(as_completed(futures), total=len(runs), desc="runs of the toy"):
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        # If one fails, its error is raised here, and those that have not begun are left out
+        list(tqdm(pool.map(Run.train, runs), "runs of the toy", len(runs)))
 
 
 # ------------------------------------------------------------------------------- statistics
@@ -156,11 +147,6 @@ def paired(values: Iterable[float], base: Iterable[float]) -> Difference:
     return Difference(*mean_interval(differences), sign_flip_test(differences))
 
 
-def least_p(seeds: int) -> str:
-    """What no p of this many seeds can be below."""
-    return f"{2 / 2**seeds:.3f}"
-
-
 # ---------------------------------------------------------------------- methods and drawing
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito's)
@@ -189,9 +175,8 @@ SEEDS = 6  # with 5 seeds no exact paired test can give a two-sided p below 0.06
 
 def method_runs(name: str, seeds: int = SEEDS) -> list[Run]:
     """The runs of one of METHODS, one a seed. All findings share them."""
-    method = METHODS[name]
-    flags = {"divide_by_std": method.divide_by_std, "divide_by_length": method.divide_by_length}
-    settings = {key: True for key, value in flags.items() if value}
+    flags = ("divide_by_std", "divide_by_length")
+    settings = {flag: True for flag in flags if getattr(METHODS[name], flag)}
     return [Run(name, seed, settings) for seed in range(seeds)]
 
 
@@ -250,13 +235,14 @@ class Finding:
     def run(self) -> None:
         """Measure, write numbers and figure, and print the text."""
         print(f"{self.claim}\n    {self.command}\n", flush=True)
+        os.chdir(ROOT)  # the preset names its files relative to the repository
+        make_toy(TOY_BASE)
         origin = {
             "command": self.command,
             "date": time.strftime("%Y-%m-%d"),
             "cores": os.cpu_count(),
             "versions": versions(),
         }
-        RESULTS.mkdir(exist_ok=True)
         # Six digits are enough, and a line for each key
         whole = json.dumps(origin | self.measure())
         numbers = json.loads(whole, parse_float=lambda digits: float(f"{float(digits):.6g}"))
@@ -281,9 +267,9 @@ class Finding:
 
 
 def wrapped(text: str) -> str:
-    """The same with the lines of its paragraphs filled; a table stays as it is."""
+    """The same with the lines of its paragraphs filled; a table or code stays as it is."""
     parts = []
     for part in text.split("\n\n"):
         filled = textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
-        parts.append(part if part.startswith("|") else filled)
+        parts.append(part if part.startswith(("|", "```")) else filled)
     return "\n\n".join(parts)

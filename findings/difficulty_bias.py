@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from findings.common import BLUE, GREEN, SEEDS, Finding, Run, draw_band, method_runs, train
 from support.records import markdown
 
+CLAIM = "Dividing by the std gives more weight to problems that are nearly always or never solved"
+
 GROUP = 8  # samples_per_prompt of the preset `toy`
 NAMES = {"drgrpo": ("not divided (Dr. GRPO)", BLUE), "std": ("divided by the std", GREEN)}
 
@@ -137,14 +139,7 @@ from the gradient of the mean reward.
 ones and hard ones hardly compete."""
 
 
-FINDING = Finding(
-    "difficulty_bias",
-    "Dividing by the std gives more weight to problems that are nearly always or never solved",
-    measure,
-    draw,
-    measured,
-    text,
-)
+FINDING = Finding("difficulty_bias", CLAIM, measure, draw, measured, text)
 
 if __name__ == "__main__":
     FINDING.run()

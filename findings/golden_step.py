@@ -40,28 +40,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import drgrpo
 from drgrpo import PRESETS, Config, Rollout, collate, group_advantages
-from support.data import derive_seed, load_data, step_problems
-from support.grader import Grader
+from support.data import load_data
 from support.run import end_ranks, start_ranks
 from toy import make_toy
 
 FILE = Path(__file__).with_name("golden_step.json.gz")
 METHODS = {"dr_grpo": False, "grpo": True}  # whether to divide by std and length
-WEIGHTS = (
-    "model.embed_tokens.weight",
-    "model.layers.1.self_attn.q_proj.weight",
-    "model.norm.weight",
-)
+WEIGHTS = ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"]
+WEIGHTS += ["model.norm.weight"]
 # Relative to the largest number of a stage. Between CPUs with AVX-512, with AVX2 and with neither,
 # log-probs and losses differ by at most 5e-7, norms by 3e-6, and `moved` by 7e-4: Adam's first step
 # is lr times the sign of a gradient, also where it is so small that its sign is rounding.
-TOLERANCES = {
-    "advantages": 1e-5,
-    "old_logprobs": 1e-5,
-    "loss": 1e-5,
-    "grad_norm": 1e-5,
-    "moved": 2e-3,
-}
+TOLERANCES = dict(advantages=1e-5, old_logprobs=1e-5, loss=1e-5, grad_norm=1e-5, moved=2e-3)
 
 
 def toy_config(method: str) -> Config:
@@ -71,22 +61,15 @@ def toy_config(method: str) -> Config:
     return replace(toy, max_gap=math.inf, divide_by_std=divide, divide_by_length=divide)
 
 
-def rollouts_of(given: dict) -> list[Rollout]:
-    """The stored responses."""
-    rollouts = []
-    for index, row in enumerate(given["responses"]):
-        ids = row["prompt_ids"], row["response_ids"], row["sampler_logprobs"]
-        rollouts.append(Rollout(index // given["settings"]["G"], *ids, reward=row["reward"]))
-    return rollouts
-
-
 def replay(given: dict, config: Config) -> dict[str, list[float]]:
     """What drgrpo.py makes of the stored step: a list of numbers for each stage."""
-    rollouts = rollouts_of(given)
-    rewards = torch.tensor([r.reward for r in rollouts]).view(-1, config.samples_per_prompt)
-    advantages = group_advantages(rewards, config.divide_by_std).flatten().tolist()
-    for rollout, advantage in zip(rollouts, advantages, strict=True):
-        rollout.advantage = advantage
+    rewards = torch.tensor([row["reward"] for row in given["responses"]])
+    groups = rewards.view(-1, config.samples_per_prompt)
+    advantages = group_advantages(groups, config.divide_by_std).flatten().tolist()
+    rollouts = []
+    for row, advantage in zip(given["responses"], advantages, strict=True):
+        ids = row["prompt_ids"], row["response_ids"], row["sampler_logprobs"]
+        rollouts.append(Rollout(0, *ids, advantage=advantage))
     policy = drgrpo.make_policy(config)
     optimizer = torch.optim.AdamW(
         policy.parameters(), config.lr, (0.9, 0.95), weight_decay=0.0, fused=True
@@ -131,33 +114,20 @@ def sample_step() -> dict:
     """The first step of the toy, as `given`: responses of the sampler, rewards, updates."""
     config = toy_config("dr_grpo")
     _, problems, _, _ = load_data(config)
-    chosen = step_problems(len(problems), 0, config.prompts_per_step, config.seed)
-    seeds = [derive_seed("sample", config.seed, 0, place) for place in range(len(chosen))]
-    sampler = drgrpo.Sampler(config.model, config.max_prompt_tokens + config.max_response_tokens)
-    with Grader(config.template) as grader:
-        rollouts = drgrpo.sample(sampler, grader, problems, chosen, seeds, config)
-        rollouts = drgrpo.give_rewards(grader, problems, rollouts, config)
-    sampler.close()
+    with drgrpo.start(config) as parts:
+        _, rollouts = drgrpo.train_step(config, 0, problems, *parts)
     order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(0)).tolist()
     size = config.responses_per_update
     responses = []
     for rollout in rollouts:
         row = {key: getattr(rollout, key) for key in ("prompt_ids", "response_ids", "reward")}
         responses.append(row | {"sampler_logprobs": rounded(rollout.sampler_logprobs)})
-    settings = {
-        "G": config.samples_per_prompt,
-        "L_max": config.max_response_tokens,
-        "N": size,
-        "betas": [0.9, 0.95],
-        "adam_eps": 1e-8,
-    }
-    for key in ("temperature", "clip_eps", "tis_cap", "lr", "max_grad_norm"):
-        settings[key] = getattr(config, key)
-    return {
-        "settings": settings,
-        "responses": responses,
-        "updates": [order[:size], order[size : 2 * size]],
-    }
+    same = ("temperature", "clip_eps", "tis_cap", "lr", "max_grad_norm")
+    settings = {key: getattr(config, key) for key in same}
+    settings |= {"G": config.samples_per_prompt, "L_max": config.max_response_tokens, "N": size}
+    settings |= {"betas": [0.9, 0.95], "adam_eps": 1e-8}
+    updates = [order[:size], order[size : 2 * size]]
+    return {"settings": settings, "responses": responses, "updates": updates}
 
 
 def rounded(numbers: list[float]) -> list[float]:
@@ -166,9 +136,7 @@ def rounded(numbers: list[float]) -> list[float]:
 
 def write() -> None:
     """Sample the step anew and write the file."""
-    start_ranks()
     given = sample_step()
-    end_ranks()
     start_ranks()
     expected = {}
     for method in METHODS:

@@ -17,6 +17,8 @@ from findings import common
 from findings.common import EVAL_EVERY, GREY, METHODS, STEPS, Difference, Finding, Run
 from support.records import markdown
 
+CLAIM = "Dividing by the length makes wrong responses longer"
+
 WINDOWS = ((0, 10), (10, 20), (20, 30), (30, 40))  # steps
 MIDDLE, LATE = (10, 30), (30, 40)
 LEVELS = ((0.5, 0.7), (0.7, 0.85), (0.85, 0.95))  # of the training reward, to compare at equal ones
@@ -177,7 +179,7 @@ accuracy (greedy) hardly differs at the end: {accuracy["drgrpo"]:.3f} with Dr. G
 
 In the figure a line is the mean over {seeds} seeds and a band one standard deviation; a step is
 pooled with {SMOOTH} steps on each side. p is of an exact sign-flip test over seeds, which with
-{seeds} of them cannot be below {common.least_p(seeds)}; it is not corrected for the number of
+{seeds} of them cannot be below {2 / 2**seeds:.3f}; it is not corrected for the number of
 comparisons.
 
 **Not shown:** a large model. The toy has few ways to be wrong: it guesses at once (8 tokens), works
@@ -189,14 +191,7 @@ show 74b046a:findings/results/length_bias.json`). At scale the evidence is open:
 2510.13786) finds that the aggregation of the loss changes efficiency and hardly the final score."""
 
 
-FINDING = Finding(
-    "length_bias",
-    "Dividing by the length makes wrong responses longer",
-    measure,
-    draw,
-    measured,
-    text,
-)
+FINDING = Finding("length_bias", CLAIM, measure, draw, measured, text)
 
 if __name__ == "__main__":
     FINDING.run()

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from drgrpo import PRESETS, drgrpo_loss, group_advantages
 from findings.common import BLUE, METHODS, RED, Finding, Method, method_runs, train
 from support.records import markdown
+
+CLAIM = "GRPO punishes each token of a long wrong response less than one of a short wrong response"
 
 TOY = PRESETS["toy"][1]
 GROUP, LONGEST = TOY.samples_per_prompt, TOY.max_response_tokens
@@ -65,9 +66,7 @@ def measure() -> dict:
         "l_max": LONGEST,
         "std": torch.tensor(rewards).std().item(),
         "responses": [{key: row[key] for key in kept} for row in group],
-        "weights": {
-            name: token_weights(rewards, lengths, method) for name, method in METHODS.items()
-        },
+        "weights": {key: token_weights(rewards, lengths, METHODS[key]) for key in METHODS},
     }
 
 
@@ -75,7 +74,8 @@ def measure() -> dict:
 
 
 def draw(numbers: dict) -> Figure:
-    """A row for each response: what it says, and its tokens under Dr. GRPO and under GRPO."""
+    """A row for each response: what it says, and under Dr. GRPO and under GRPO a bar, as long as
+    its tokens and as high as the weight of each of them."""
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     figure.suptitle(f"Eight responses of the base model to “{numbers['problem'].strip()}”")
     said, *panels = figure.subplots(1, 3, sharey=True, width_ratios=(1.45, 1, 1))
@@ -90,32 +90,24 @@ def draw(numbers: dict) -> Figure:
         said.text(0, place + 0.2, note, fontsize=8, color=COLORS[verdict], va="center")
     titles = {"drgrpo": "Dr. GRPO:  A / L_max", "grpo": "GRPO:  A / std / |o|"}
     for axis, (name, title) in zip(panels, titles.items(), strict=True):
-        draw_tokens(axis, numbers["responses"], numbers["weights"][name])
-        axis.set(title=title)
+        weights = numbers["weights"][name]
+        largest = max(map(abs, weights))
+        for place, (row, weight) in enumerate(zip(numbers["responses"], weights, strict=True)):
+            color = COLORS["right" if weight > 0 else "wrong"]
+            axis.barh(place, row["length"], 0.86 * abs(weight) / largest, color=color)
+            label = f"{weight * SCALE:+.1f}"
+            axis.text(row["length"] + 2, place, label, fontsize=8.5, color=color, va="center")
+        axis.set(title=title, xlim=(0, 90), xlabel="tokens", xticks=[0, 8, 27, LONGEST])
+        axis.tick_params(left=False, labelleft=False)
+        axis.grid(False, axis="y")
     return figure
-
-
-def draw_tokens(axis: Axes, responses: list[dict], weights: list[float]) -> None:
-    """Each response as a bar as long as its tokens and as high as the weight of each of them."""
-    largest = max(map(abs, weights))
-    for place, (row, weight) in enumerate(zip(responses, weights, strict=True)):
-        color = COLORS["right" if weight > 0 else "wrong"]
-        axis.barh(place, row["length"], 0.86 * abs(weight) / largest, color=color)
-        label = f"{weight * SCALE:+.1f}"
-        axis.text(row["length"] + 2, place, label, fontsize=8.5, color=color, va="center")
-    axis.set(xlim=(0, 90), xlabel="tokens", xticks=[0, 8, 27, LONGEST])
-    axis.tick_params(left=False, labelleft=False)
-    axis.grid(False, axis="y")
 
 
 def wrong_weights(numbers: dict, name: str) -> tuple[float, float]:
     """The weight of a token of the shortest and of the longest wrong response."""
-    wrong = [
-        (row["length"], weight * SCALE)
-        for row, weight in zip(numbers["responses"], numbers["weights"][name], strict=True)
-        if row["reward"] == 0
-    ]
-    return min(wrong)[1], max(wrong)[1]
+    pairs = zip(numbers["responses"], numbers["weights"][name], strict=True)
+    wrong = [weight * SCALE for row, weight in pairs if row["reward"] == 0]  # from short to long
+    return wrong[0], wrong[-1]
 
 
 def measured(numbers: dict) -> str:
@@ -131,11 +123,10 @@ def text(numbers: dict) -> str:
         rows.append([f"{row['reward']:.0f}", str(row["length"]), *weights])
     short, long = wrong_weights(numbers, "grpo")
     same, _ = wrong_weights(numbers, "drgrpo")
-    labels = [method.label for method in METHODS.values()]
     return f"""The weight of each token of a response, in thousandths. In the figure a bar is as
 long as the response and as high as this weight; each panel has its own scale.
 
-{markdown(["reward", "tokens", *labels], rows)}
+{markdown(["reward", "tokens", *(method.label for method in METHODS.values())], rows)}
 
 Under Dr. GRPO every token of a wrong response is pushed down alike, by {-same:.1f}. Under GRPO a
 token of the shortest wrong response is pushed down {short / long:.0f} times as hard as a token of
@@ -147,14 +138,7 @@ has right responses of two lengths, wrong ones of three, and one that was cut of
 those of a step's first update, without importance weights and clip."""
 
 
-FINDING = Finding(
-    "one_group",
-    "GRPO punishes each token of a long wrong response less than one of a short wrong response",
-    measure,
-    draw,
-    measured,
-    text,
-)
+FINDING = Finding("one_group", CLAIM, measure, draw, measured, text)
 
 if __name__ == "__main__":
     FINDING.run()

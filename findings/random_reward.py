@@ -9,6 +9,7 @@ the runs train on: each problem is asked once and answered before it is learned 
 
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from findings import common
-from findings.common import BLUE, GREEN, RED, ROOT, STEPS, TOY_BASE, Difference, Finding, Run
+from findings.common import BLUE, GREEN, RED, STEPS, TOY_BASE, Difference, Finding, Run
 from support.records import markdown, read_rows
 from templates import last_boxed
+
+CLAIM = "With a coin as the reward the toy's accuracy does not rise"
 
 SEEDS = 6
 LAST = 5  # steps: before and after are step 0 and these
@@ -37,12 +40,6 @@ def arm_runs() -> dict[str, list[Run]]:
     }
 
 
-def golds() -> dict[str, str]:
-    """The right answer to each training prompt. A run with a reward of its own has no golds."""
-    rows = read_rows(ROOT / TOY_BASE / "train.jsonl")
-    return {row["problem"]: row["answer"] for row in rows}
-
-
 def is_worked(sample: dict) -> bool:
     """Whether a response works the problem out step by step, in the toy's own words."""
     return sample["response"].startswith("Step by step")
@@ -50,16 +47,16 @@ def is_worked(sample: dict) -> bool:
 
 def share(samples: list[dict], has: Callable[[dict], bool]) -> list[float]:
     """The share of each step's responses that have something."""
-    steps: list[list[bool]] = [[] for _ in range(STEPS)]
-    for sample in samples:
-        steps[sample["step"]].append(has(sample))
-    return [float(np.mean(found)) for found in steps]
+    steps = np.array([sample["step"] for sample in samples])
+    found = np.array([has(sample) for sample in samples])
+    return (np.bincount(steps, found) / np.bincount(steps)).tolist()
 
 
 def measure() -> dict:
     runs = arm_runs()
     common.train([run for arm in ARMS for run in runs[arm]])
-    answers = golds()
+    # A run with a reward of its own has no verdicts
+    answers = {row["problem"]: row["answer"] for row in read_rows(TOY_BASE / "train.jsonl")}
 
     def is_right(sample: dict) -> bool:
         """The toy's answers are single digits, so equal text is enough."""
@@ -71,7 +68,7 @@ def measure() -> dict:
         samples = [run.samples() for run in runs[arm]]
         numbers["accuracy"][arm] = [share(rows, is_right) for rows in samples]
         numbers["worked"][arm] = [share(rows, is_worked) for rows in samples]
-        for row in (row for rows in samples for row in rows):
+        for row in chain(*samples):
             if arm != "drgrpo" and row["finish_reason"] == "stop":
                 rewards[is_right(row)].append(row["reward"])
     numbers["reward_right"] = float(np.mean(rewards[True]))
@@ -132,7 +129,7 @@ The coin's mean is {numbers["reward_right"]:.3f} for right responses that ended 
 {numbers["reward_wrong"]:.3f} for wrong ones, so it knows nothing of the answer. The updates are
 noise. Accuracy falls in {fell("coin")} of {seeds} seeds, and without the clip in
 {fell("no_clip")}. p is of an exact sign-flip test; with {seeds} seeds it cannot be below
-{common.least_p(seeds)}.
+{2 / 2**seeds:.3f}.
 
 The toy's problems are clean: nothing that it has read holds one of them. On contaminated benchmarks
 it can come out otherwise. With Qwen2.5-Math-7B random rewards raised MATH-500 by 21 points (arXiv
@@ -146,14 +143,7 @@ likeliest habit is also its best one, a coin could raise accuracy on clean probl
 likeliest habit is to guess."""
 
 
-FINDING = Finding(
-    "random_reward",
-    "With a coin as the reward the toy's accuracy does not rise",
-    measure,
-    draw,
-    measured,
-    text,
-)
+FINDING = Finding("random_reward", CLAIM, measure, draw, measured, text)
 
 if __name__ == "__main__":
     FINDING.run()

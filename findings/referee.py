@@ -24,10 +24,10 @@ import argparse
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import itertools
 import json
 import math
+import runpy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -118,15 +118,8 @@ def push(
 # ----------------------------------------------------------------- 1. every group is listed
 
 
-def all_groups() -> list[tuple[list[int], int]]:
-    """Every group, and in how many orders it can be drawn."""
-    groups = []
-    for group in itertools.combinations_with_replacement(range(len(RESPONSES)), G):
-        orders = math.factorial(G)
-        for count in Counter(group).values():
-            orders //= math.factorial(count)
-        groups.append((list(group), orders))
-    return groups
+# Every group, and in how many orders it can be drawn
+GROUPS = Counter(tuple(sorted(group)) for group in itertools.product(range(4), repeat=G))
 
 
 def compare(trainer: Trainer, case: list[list[float]]) -> dict[str, float]:
@@ -139,9 +132,10 @@ def compare(trainer: Trainer, case: list[list[float]]) -> dict[str, float]:
     chances, rewards = logprobs.sum(dim=2).exp(), torch.tensor(case).double()
     problems = [problem for problem in range(len(case)) for _ in range(G)]
     table = torch.zeros_like(logprobs)  # the expected push on each token of each response
-    for groups in itertools.product(all_groups(), repeat=len(case)):
-        rows = [row for group, _ in groups for row in group]
-        chance = math.prod(orders for _, orders in groups) * chances[problems, rows].prod().item()
+    for groups in itertools.product(GROUPS, repeat=len(case)):
+        rows = [row for group in groups for row in group]
+        orders = math.prod(GROUPS[group] for group in groups)
+        chance = orders * chances[problems, rows].prod().item()
         advantages = trainer.advantages(rewards[problems, rows].view(-1, G), MASK[rows])
         pushed = push(trainer, logprobs[problems, rows].detach(), advantages, MASK[rows])
         table.index_put_((torch.tensor(problems), torch.tensor(rows)), chance * pushed, True)
@@ -212,14 +206,12 @@ def two_rows(trainer: Trainer) -> dict:
     short, long = partial(slope, trainer, [2, 3], 0), partial(slope, trainer, [2, 3], 1)
     alone, both = [1.0, 0, 0, 0], [1.0, 1, 0, 0]  # right responses
     equal, shorter, longer = [3] * 4, [3, 1, 1, 1], [1, 3, 3, 3]  # lengths
+    others_short, others_long = advantage(alone, shorter), advantage(alone, longer)
     pairs = {
         "token of a long response / of a short one": (long(0), short(0)),
         "beside a long response / beside a short one": (short(0), slope(trainer, [2, 2], 0, 0)),
         "advantage, one right / two right": (advantage(alone, equal), 1.5 * advantage(both, equal)),
-        "advantage, others short / others long": (
-            advantage(alone, shorter),
-            advantage(alone, longer),
-        ),
+        "advantage, others short / others long": (others_short, others_long),
         "EOS / token before": (short(1), short(0)),
         "last token of a truncated response / first": (long(2), long(0)),
     }
@@ -233,13 +225,9 @@ def clip(trainer: Trainer) -> str:
     def stops(advantage: float, ratio: float) -> bool:
         return abs(slope(trainer, [3, 3], 0, 1, advantage, ratio)) < 1e-6
 
-    sides = {
-        (False, True): "high",
-        (True, False): "low",
-        (True, True): "both",
-        (False, False): "none",
-    }
-    up, down = (sides[stops(sign, 0.5), stops(sign, 1.5)] for sign in (1.0, -1.0))
+    names = {(False, True): "high", (True, False): "low", (True, True): "both"}
+    names[False, False] = "none"
+    up, down = (names[stops(sign, 0.5), stops(sign, 1.5)] for sign in (1.0, -1.0))
     dual = down == "low" and stops(-1.0, 5.0)
     return f"A > 0: {up}, A < 0: {down}" + (" (and a ratio of 5)" if dual else "")
 
@@ -264,9 +252,8 @@ def judge(trainer: Trainer) -> dict:
     wrong = [text for key, text in CAUSES.items() if not abs(ratios[key] - 1) <= RELATIVE]
     if not ratios["clip"].startswith("A > 0: high, A < 0: low"):
         wrong.append(f"clips {ratios['clip']}")
-    keys = [key for key, value in changed.items() if not value <= RELATIVE]
-    if trainer.equal and "unequal micro-batches" in keys:
-        keys.remove("unequal micro-batches")
+    allowed = "unequal micro-batches" if trainer.equal else ""
+    keys = [key for key, value in changed.items() if not value <= RELATIVE and key != allowed]
     if keys:
         wrong.append("changes with " + ", ".join(keys))
     sizes = [case["size"] for case in cases.values()]
@@ -307,13 +294,10 @@ def ours() -> Iterator[Trainer]:
         return group_advantages(rewards, by_std).flatten()
 
     for by_std, by_length in itertools.product([False, True], repeat=2):
-        options = ["drgrpo.py"]
-        if by_std:
-            options.append("--divide-by-std")
-        if by_length:
-            options.append("--divide-by-length")
+        name = "drgrpo.py" + (" --divide-by-std" if by_std else "")
+        name += " --divide-by-length" if by_length else ""
         functions = partial(loss, by_length), partial(advantages, by_std)
-        yield Trainer(" ".join(options), *functions, claims=len(options) == 1)
+        yield Trainer(name, *functions, claims=name == "drgrpo.py")
 
 
 def trl() -> Iterator[Trainer]:
@@ -543,16 +527,14 @@ def import_theirs(name: str):
 
 
 def from_file(text: str) -> Callable:
-    """FILE.py:FUNCTION -> the function. Raises ValueError if there is none."""
+    """FILE.py:FUNCTION -> the function. Exits with an error if there is none."""
     path, _, name = text.rpartition(":")
     if not Path(path).is_file():
-        raise ValueError(f"{text}: there is no file {path!r}. Say FILE.py:FUNCTION")
-    loader = importlib.machinery.SourceFileLoader(Path(path).stem, path)
-    module = type(sys)(loader.name)
-    loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"{text}: {path} has no function {name!r}")
-    return getattr(module, name)
+        sys.exit(f"error: {text}: there is no file {path!r}. Say FILE.py:FUNCTION")
+    found = runpy.run_path(path)
+    if name not in found:
+        sys.exit(f"error: {text}: {path} has no function {name!r}")
+    return found[name]
 
 
 def table(record: dict) -> str:
@@ -577,7 +559,7 @@ def deviations(record: dict) -> str:
 
 def judge_all() -> dict:
     """Judge what can be imported here, and add it to the results that are there."""
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"trainers": {}}
+    record = json.loads(RESULTS.read_text())
     for name, adapter in TRAINERS.items():
         HOLLOW.names.clear()
         try:
@@ -604,13 +586,10 @@ def main() -> None:
         text = json.dumps(judge_all(), indent=1)
         short = json.loads(text, parse_float=lambda number: round(float(number), 6))
         RESULTS.write_text(json.dumps(short, indent=1) + "\n")
-        print(table(short))
+        print(table(short), deviations(short), sep="\n\n")
         return
-    try:
-        advantages = from_file(arguments.advantages) if arguments.advantages else centered
-        trainer = Trainer(arguments.loss, from_file(arguments.loss), advantages, arguments.equal)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    advantages = from_file(arguments.advantages) if arguments.advantages else centered
+    trainer = Trainer(arguments.loss, from_file(arguments.loss), advantages, arguments.equal)
     found = judge(trainer)
     print(json.dumps(found, indent=1))
     print(f"{trainer.name}: {found['verdict']}")

@@ -12,7 +12,8 @@ expected reward.
 import math
 import sys
 from collections import Counter
-from itertools import combinations_with_replacement
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from drgrpo import Rollout, collate, drgrpo_loss, group_advantages, token_logprobs
 from findings.common import BLUE, METHODS, RED, Finding
 from support.records import markdown
+
+CLAIM = (
+    "Of the four losses only Dr. GRPO has the right expected gradient in every case that was tried"
+)
 
 GROUP, LONGEST, POLICIES = 8, 4, 20
 RESPONSES = ([0], [1, 0], [1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1])  # 0 is EOS
@@ -52,17 +57,15 @@ def tiny_policy(seed: int) -> Qwen2ForCausalLM:
         return Qwen2ForCausalLM(config)
 
 
+@cache
 def all_groups() -> tuple[torch.Tensor, torch.Tensor]:
     """Every group of GROUP responses (P, G), and in how many orders each can be drawn (P,).
 
     The order does not matter to any loss here: 495 groups stand for the 5^8 ordered ones.
     """
-    groups = list(combinations_with_replacement(range(len(RESPONSES)), GROUP))
-    orders = []
-    for group in groups:
-        same = [math.factorial(count) for count in Counter(group).values()]
-        orders.append(math.factorial(GROUP) // math.prod(same))
-    return torch.tensor(groups), torch.tensor(orders)
+    ordered = product(range(len(RESPONSES)), repeat=GROUP)
+    counts = Counter(tuple(sorted(group)) for group in ordered)
+    return torch.tensor(list(counts)), torch.tensor(list(counts.values()))
 
 
 def gradients(model: Qwen2ForCausalLM, problem: tuple) -> dict[str, torch.Tensor]:
@@ -190,14 +193,7 @@ language model, and the angle depends on the policy. It is a step's first update
 off-policy and clipped."""
 
 
-FINDING = Finding(
-    "unbiased",
-    "Of the four losses only Dr. GRPO has the right expected gradient in every case that was tried",
-    measure,
-    draw,
-    measured,
-    text,
-)
+FINDING = Finding("unbiased", CLAIM, measure, draw, measured, text)
 
 if __name__ == "__main__":
     FINDING.run()

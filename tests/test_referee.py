@@ -26,7 +26,6 @@ def loss(logprobs, old_logprobs, sampler_logprobs, advantages, mask, settings):
 def advantages(rewards, mask):
     return (rewards - rewards.mean(dim=1, keepdim=True)).flatten()
 """
-SUM = "(each * mask).sum() / constant"
 SUM, CONSTANT = "(each * mask).sum() / constant", "settings.responses * settings.max_"
 CLIP = "torch.min(ratio * advantages, clipped * advantages)"
 MEAN, RANKS = "rewards.mean(dim=1, keepdim=True)", " * settings.ranks"
@@ -88,9 +87,8 @@ def test_ours_is_exact_and_the_half_fixes_are_not():
         "divides by the std",
         "divides by the response's length; divides by the std",
     ]
-    angles = [
-        [case["angle"] > 0.01 for case in record["cases"].values()] for record in found.values()
-    ]
+    cases = [record["cases"].values() for record in found.values()]
+    angles = [[case["angle"] > 0.01 for case in three] for three in cases]
     assert angles == [[False] * 3, [True] * 3, [False, True, True], [True] * 3]
 
 
@@ -114,7 +112,7 @@ def test_a_loss_of_ones_own_is_judged(quick, tmp_path, monkeypatch, capsys, chan
 def test_a_function_that_is_not_there_is_an_error(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
     written(tmp_path)
-    with pytest.raises(ValueError, match="there is no file|has no function"):
+    with pytest.raises(SystemExit, match="there is no file|has no function"):
         from_file(text)
 
 
