@@ -6,6 +6,7 @@ What cannot be used is refused before a model loads, with what to do.
 import itertools
 import string
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from drgrpo import PRESETS
 from support.data import (
     Problem,
     derive_seed,
+    golds_of,
+    level_of,
     load_data,
     load_problems,
     load_tokenizer,
@@ -67,10 +70,7 @@ def test_prompts_are_those_of_the_paper_to_the_byte(name, prompt, stop):
     ("\\boxed{\\boxed{2}}", "2"),
     ("\\boxed{}", ""),
     ("\\boxed{70} then \\boxed{7", None),
-    ("\\boxed{70} then \\boxed 7", None),
     ("\\boxed {70}", None),
-    ("\\fbox{70}", None),
-    ("boxed{70}", None),
     ("the answer is 70", None),
     ("", None),
     ("\\boxed{" + "{" * 1_000_000, None),  # in a time that grows with the length
@@ -98,25 +98,27 @@ def test_an_r1_answer_stands_in_its_tags(text, answer):
 # ------------------------------------------------------------------------------ special tokens
 
 
-def new_tokenizer(kind, folder, *special, chat_template=None):
+def new_tokenizer(kind, folder, chat_template):
     """One that writes BOS before every text."""
-    tokens = [*special, "▁", "\n", *string.printable[:94]]
+    tokens = [*SPECIAL[kind], "▁", "\n", *string.printable[:94]]
     vocab = {token: index for index, token in enumerate(tokens)}
     kind(vocab=vocab, add_bos_token=True, chat_template=chat_template).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
-LLAMA = (LlamaTokenizer, "<unk>", "<s>", "</s>")
-GEMMA = (GemmaTokenizer, "<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+SPECIAL = {
+    LlamaTokenizer: ["<unk>", "<s>", "</s>"],
+    GemmaTokenizer: ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
+}
 CHAT = "{{ bos_token }}user:\n{{ messages[0]['content'] }}\n"
 CHAT += "{% if add_generation_prompt %}model:\n{% endif %}"
 
 
 @pytest.mark.parametrize("chat", [CHAT, CHAT.replace("{{ bos_token }}", "")])
-@pytest.mark.parametrize("kind, special", [(LLAMA[0], LLAMA[1:]), (GEMMA[0], GEMMA[1:])])
+@pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", ["none", "chat", "r1"])
-def test_a_prompt_has_one_bos_whoever_writes_it(tmp_path, kind, special, name, chat):
-    tokenizer = new_tokenizer(kind, tmp_path, *special, chat_template=chat)
+def test_a_prompt_has_one_bos_whoever_writes_it(tmp_path, kind, name, chat):
+    tokenizer = new_tokenizer(kind, tmp_path, chat)
     ids = prompt_ids(tokenizer, TEMPLATES[name].render("1 + 2 =", tokenizer))
     assert tokenizer("x").input_ids[0] == tokenizer.bos_token_id  # it would write a second one
     assert ids[0] == tokenizer.bos_token_id
@@ -124,7 +126,7 @@ def test_a_prompt_has_one_bos_whoever_writes_it(tmp_path, kind, special, name, c
 
 
 def test_a_chat_prompt_has_the_ids_that_the_tokenizers_own_chat_gives(tmp_path):
-    tokenizer = new_tokenizer(*GEMMA[:1], tmp_path, *GEMMA[1:], chat_template=CHAT)
+    tokenizer = new_tokenizer(GemmaTokenizer, tmp_path, CHAT)
     request = "1 + 2 =\nPlease reason step by step, and put your final answer within \\boxed{}."
     own = tokenizer.apply_chat_template(
         [{"role": "user", "content": request}], add_generation_prompt=True, return_dict=True
@@ -202,11 +204,9 @@ def test_problems_are_read_filtered_and_counted(tokenizer, tmp_path, kind):
     assert problems[1].row == {"question": "5+5", "answer": rows["answer"][4], "level": "5"}
 
 
-def test_levels_may_be_numbers(tokenizer, tmp_path):
-    rows = [{"problem": "1", "answer": str(i), "level": level} for i, level in enumerate((5, 4, 5))]
-    file = write_jsonl(tmp_path / "data.jsonl", rows)
-    problems, dropped = load_problems(file, tokenizer, TEMPLATES["none"], 64, levels=(5,))
-    assert [p.answers for p in problems] == [["0"], ["2"]] and dropped["level"] == 1
+def test_levels_may_be_numbers():
+    rows = [{"level": level} for level in (5, "5", "Level 5", "Level ?", None)]
+    assert [level_of(row) for row in rows] == [5, 5, 5, None, None]
 
 
 def test_a_split_that_a_folder_does_not_have_is_named_with_those_it_has(tokenizer, tmp_path):
@@ -239,20 +239,12 @@ def test_a_file_that_cannot_be_used_is_refused_with_the_cause(
         load_problems(str(tmp_path / name), tokenizer, TEMPLATES["none"], 64)
 
 
-def test_an_answer_is_cut_at_a_marker_only_where_one_is_set(tokenizer, tmp_path):
-    golds = ["a #### b #### 3", 4, ["#### 5", "6"]]
-
-    def found(marker):
-        answers = []
-        for gold in golds:
-            file = write_jsonl(tmp_path / "data.jsonl", [{"problem": "?", "answer": gold}])
-            args = (file, tokenizer, TEMPLATES["none"], 64)
-            answers.append(load_problems(*args, answer_marker=marker)[0][0].answers)
-        return answers
-
-    assert found(None) == [["a #### b #### 3"], ["4"], ["#### 5", "6"]]
-    assert found("####") == [["3"], ["4"], ["#### 5", "6"]]
-    assert found("a ") == [["#### b #### 3"], ["4"], ["#### 5", "6"]]
+def test_an_answer_is_cut_at_the_last_marker_only_where_one_is_set():
+    story = "a #### b #### 3"
+    assert golds_of(story, None, "here") == [story]
+    assert golds_of(story, "####", "here") == ["3"]
+    assert golds_of(["#### 5", "6"], "####", "here") == ["#### 5", "6"]
+    assert golds_of(4, "####", "here") == ["4"]
     markers = {name: config.answer_marker for name, (_, config) in PRESETS.items()}
     assert markers.pop("gsm8k-0.5b") == "####" and set(markers.values()) == {None}
 
@@ -264,28 +256,13 @@ def test_rows_dropped_from_the_held_out_problems_are_counted_too(toy, tmp_path):
     assert len(problems) == 1 and (dropped["eval_no_answer"], dropped["no_answer"]) == (1, 0)
 
 
-def test_a_reward_of_ones_own_needs_no_answer_and_gets_every_column(toy, tmp_path):
-    rows = [{"problem": f"1+{i}", "tests": ["a", "b"], "limit": i} for i in range(3)]
+def test_a_reward_of_ones_own_gets_every_column_as_it_is(toy, tmp_path):
+    rows = [{"problem": f"1+{i}", "answer": {"any": "thing"}, "limit": i} for i in range(3)]
     file = write_jsonl(tmp_path / "data.jsonl", rows)
-    config = replace(TOY, dataset=file, eval_dataset=None)
-    with pytest.raises(ValueError, match="no column answer; it has problem, tests, limit"):
-        load_data(config)
-    _, problems, _, dropped = load_data(replace(config, reward="FILE.py:f"))
+    config = replace(TOY, dataset=file, eval_dataset=None, reward="FILE.py:f")
+    _, problems, _, dropped = load_data(config)
     assert [problem.row for problem in problems] == rows
     assert [problem.answers for problem in problems] == [[]] * 3 and dropped["no_answer"] == 0
-    odd = write_jsonl(tmp_path / "odd.jsonl", [{"problem": "1", "answer": {"any": "thing"}}])
-    _, (problem,), _, _ = load_data(replace(config, dataset=odd, reward="FILE.py:f"))
-    assert problem.answers == [] and problem.row["answer"] == {"any": "thing"}
-
-
-def test_the_chat_template_of_a_tokenizer_can_be_trained_with(tokenizer, tmp_path):
-    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    tokenizer.save_pretrained(tmp_path)
-    tiny_model(len(tokenizer)).save_pretrained(tmp_path)
-    data = write_jsonl(tmp_path / "data.jsonl", [{"problem": "1+1", "answer": "2"}])
-    config = replace(TOY, model=str(tmp_path), template="chat", dataset=data, eval_dataset=data)
-    _, (problem,), (held_out,), _ = load_data(replace(config, max_prompt_tokens=200))
-    assert problem.prompt.startswith("<1+1\nPlease reason") and problem.prompt == held_out.prompt
 
 
 def test_golds_that_mean_nothing_to_the_grader_are_counted_before_the_run(toy, monkeypatch, capsys):
@@ -306,11 +283,8 @@ def test_golds_that_mean_nothing_to_the_grader_are_counted_before_the_run(toy, m
 @pytest.fixture
 def no_model(toy, monkeypatch, tmp_path):
     """Fail where a model is built, even a tiny one. What the run makes is in tmp_path."""
-
-    def build(*given):
-        raise AssertionError("a model was built")
-
-    monkeypatch.setattr(support.run, "check_model", build)
+    fail = mock.Mock(side_effect=AssertionError("a model was built"))
+    monkeypatch.setattr(support.run, "check_model", fail)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "toy-base").symlink_to(toy)
     monkeypatch.chdir(tmp_path)
@@ -341,16 +315,15 @@ def test_wrong_inputs_are_found_before_a_model_loads(
 
 
 @pytest.mark.parametrize("part", ["dataset", "eval_dataset"])
-@pytest.mark.parametrize("does", ["raise", "nothing"])
 def test_a_reward_that_fails_on_a_first_row_is_found_before_a_model_loads(
-    no_model, rewards, tmp_path, does, part
+    no_model, rewards, tmp_path, part
 ):
     files = {}
     for key in ("dataset", "eval_dataset"):
-        problem = does if key == part else "fine"
+        problem = "raise" if key == part else "fine"
         files[key] = write_jsonl(tmp_path / f"{key}.jsonl", [{"problem": problem}])
     config = replace(TOY, reward=f"{rewards}:on_the_first_row", **files)
-    with pytest.raises(ValueError, match=f"failed on an empty response to the row .*{does}"):
+    with pytest.raises(ValueError, match="failed on an empty response to the row .*raise"):
         prepare(config)
 
 

@@ -4,26 +4,25 @@ Whatever breaks between sampler and trainer must stop a run within one step, so 
 one thing of a small run and make two steps. Prompts are longer than a block of vLLM's prefix cache.
 """
 
-import json
+import itertools
 import os
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import vllm
 from transformers import AutoConfig, AutoTokenizer
 
 import drgrpo
-from drgrpo import Rollout, Sampler, collate, full_weights, make_policy, train_step
+from drgrpo import Rollout, collate, full_weights, train_step
 from support.data import Problem, check_endings, endings
 from support.grader import Verdict
-from support.run import cache_bytes, end_ranks, engine_settings, give_threads_back, start_ranks
+from support.run import cache_bytes, engine_settings, give_threads_back
 from templates import TEMPLATES
+from test_drgrpo import noting
 from tests.helpers import LONG, TOY, launch, read_jsonl, some_rollouts, tiny_model
 
 
@@ -156,34 +155,18 @@ def test_all_that_ends_a_response_is_known(toy, tmp_path):
     ("stop", [], "", False),
     ("length", [7, 8], "", True),
 ])  # fmt: skip
-def test_a_response_that_stopped_ends_in_eos_or_a_stop_string(toy, reason, ids, text, fine):
-    rollout = Rollout(0, [5], ids, [0.0] * len(ids), text, reason)
-    if fine:
-        check_endings([rollout], str(toy / "model"), ("</answer>",))
-    else:
-        with pytest.raises(RuntimeError, match="neither EOS"):
-            check_endings([rollout], str(toy / "model"), ("</answer>",))
-
-
-def test_a_response_whose_eos_was_dropped_stops_the_run(engine, monkeypatch):
+def test_a_response_whose_eos_was_dropped_stops_the_run(ranks, toy, reason, ids, text, fine):
     """Every other token is right, so the gap says nothing."""
-    sampler, _, config = engine
-    generate = sampler.generate
-
-    def dropping(*given):
-        groups = generate(*given)
-        for rollout in (r for group in groups for r in group if r.finish_reason == "stop"):
-            rollout.response_ids.pop()
-        return groups
-
-    config = replace(config, samples_per_prompt=16)
-    problems = [Problem("", [5, 6], ["1"])]
-    grader = SimpleNamespace(template=TEMPLATES["none"])
-    sample = partial(drgrpo.sample, sampler, grader, problems, [0] * 4, list(range(4)), config)
-    assert any(rollout.response_ids[-1] == 0 for rollout in sample())
-    monkeypatch.setattr(sampler, "generate", dropping)
-    with pytest.raises(RuntimeError, match="a response stopped, but .* would not learn to stop"):
-        sample()
+    config = replace(TOY, model=str(toy / "model"))
+    rollout = Rollout(0, [5], ids, [0.0] * len(ids), text, reason)
+    sampler = SimpleNamespace(generate=lambda *given: [[rollout]])
+    grader = SimpleNamespace(template=TEMPLATES["r1"])  # which stops at </answer>
+    problems = [Problem("", [5], ["1"])]
+    if fine:
+        assert drgrpo.sample(sampler, grader, problems, [0], [0], config) == [rollout]
+    else:
+        with pytest.raises(RuntimeError, match="neither EOS .* would not learn to stop"):
+            drgrpo.sample(sampler, grader, problems, [0], [0], config)
 
 
 # ------------------------------------------------------------------------------ new weights
@@ -195,13 +178,13 @@ def test_on_a_gpu_the_engine_wakes_in_stages_around_the_weights(engine, monkeypa
     executor = sampler.llm.llm_engine.engine_core.engine_core.model_executor
     real, calls, sent = executor.collective_rpc, [], mock.Mock(wraps=full_weights)
 
-    def noting(method, *arguments, **settings):
+    def note_or_call(method, *arguments, **settings):
         given = settings.get("kwargs") or {}
         if method in ("sleep", "wake_up", "reload_weights"):
             calls.append((method, given.get("level") or given.get("tags")))
         return [None] if method in ("sleep", "wake_up") else real(method, *arguments, **settings)
 
-    monkeypatch.setattr(executor, "collective_rpc", noting)
+    monkeypatch.setattr(executor, "collective_rpc", note_or_call)
     monkeypatch.setattr(drgrpo, "full_weights", sent)
     monkeypatch.setattr(drgrpo, "CUDA", True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
@@ -264,13 +247,7 @@ def test_a_prompt_that_was_seen_before_is_sampled_as_one_that_was_not(engine, mo
     """To the bit: what is cached is forgotten before each sampling."""
     sampler, calls = engine[0], []
     for name in ("reset_prefix_cache", "generate"):
-        original = getattr(sampler.llm, name)
-
-        def noted(*given, name=name, original=original, **settings):
-            calls.append(name)
-            return original(*given, **settings)
-
-        monkeypatch.setattr(sampler.llm, name, noted)
+        noting(monkeypatch, sampler.llm, name, calls)
     first, again = draw(sampler), draw(sampler)
     assert calls == ["reset_prefix_cache", "generate"] * 2
     assert [r.sampler_logprobs for r in first] == [r.sampler_logprobs for r in again]
@@ -299,13 +276,11 @@ def steps(engine):
     changed = dict(prompts_per_step=2, samples_per_prompt=8, responses_per_update=16)
     config = replace(config, **changed, temperature=0.8)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, weight_decay=0.0)
-    made = []
+    numbers = itertools.count()
 
     def step():
         parts = (policy, optimizer, sampler, AnyGrader())
-        metrics, _ = train_step(config, len(made), PROBLEMS, *parts)
-        made.append(metrics["gap"])
-        return made[-1]
+        return train_step(config, next(numbers), PROBLEMS, *parts)[0]["gap"]
 
     return SimpleNamespace(step=step, sampler=sampler, policy=policy)
 
@@ -319,41 +294,6 @@ def test_steps_that_nobody_broke_show_no_gap(steps):
     assert max(steps.step() for _ in range(3)) < 1e-5
 
 
-def hotter(monkeypatch):
-    """The sampler has another temperature."""
-    generate = Sampler.generate
-
-    def changed(sampler, problems, seeds, n, longest, temperature, stop):
-        return generate(sampler, problems, seeds, n, longest, 1.2 * temperature, stop)
-
-    monkeypatch.setattr(Sampler, "generate", changed)
-
-
-def colder(monkeypatch):
-    """The trainer has another temperature."""
-    logprobs = drgrpo.token_logprobs
-    monkeypatch.setattr(drgrpo, "token_logprobs", lambda *given: logprobs(*given[:3], 0.7))
-
-
-def second_bos(monkeypatch):
-    """The sampler's prompt has one more token."""
-    generate = Sampler.generate
-
-    def changed(sampler, problems, *rest):
-        longer = [replace(problem, prompt_ids=[1, *problem.prompt_ids]) for problem in problems]
-        groups = generate(sampler, longer, *rest)
-        return [[replace(r, prompt_ids=r.prompt_ids[1:]) for r in group] for group in groups]
-
-    monkeypatch.setattr(Sampler, "generate", changed)
-
-
-@pytest.mark.parametrize("broken", [hotter, colder, second_bos])
-def test_what_differs_between_sampler_and_trainer_is_caught_at_once(steps, monkeypatch, broken):
-    broken(monkeypatch)
-    with pytest.raises(RuntimeError, match=CAUSES):
-        steps.step()
-
-
 def test_a_prefix_cache_of_old_weights_is_caught_in_the_next_step(steps, monkeypatch):
     monkeypatch.setattr(steps.sampler.llm, "reset_prefix_cache", lambda: True)
     draw(steps.sampler, PROBLEMS[0].prompt_ids)
@@ -362,11 +302,8 @@ def test_a_prefix_cache_of_old_weights_is_caught_in_the_next_step(steps, monkeyp
         steps.step()
 
 
-LARGE = ["lm_head.weight"]  # tied to the embedding, of which the CPU's engine has a packed copy
-LARGE += ["model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight"]
-
-
-@pytest.mark.parametrize("old", [*LARGE, ""])
+# The head is tied to the embedding, and the CPU's engine has a packed copy of it
+@pytest.mark.parametrize("old", ["lm_head.weight", "layers.0.mlp.down_proj.weight", ""])
 def test_old_weights_in_the_sampler_are_caught_in_the_next_step(steps, monkeypatch, old):
     """One large tensor, or all."""
     first = {k: w.clone() for k, w in full_weights(steps.policy.model, torch.float32)}
@@ -410,24 +347,16 @@ def test_on_a_gpu_the_engine_takes_what_the_policy_leaves_free(gpu):
     assert calls == ["NCCL", "empty", "ask"]
     assert settings["gpu_memory_utilization"] == pytest.approx((0.95 * 60 - 17) / 80)
     assert settings["enable_sleep_mode"] is True and "enforce_eager" not in settings
+    # A second engine in one process fails where the first one's memory was made for sleeping
+    assert engine_settings(model, 100, 8, 0, can_sleep=False)["enable_sleep_mode"] is False
     with pytest.raises(ValueError, match="--offload, or more GPUs"):
         engine_settings(model, 100, 1024, 57 * GIB, can_sleep=True)
 
 
-def test_only_an_engine_that_sleeps_is_made_for_it(gpu):
-    """A second engine in one process fails where the first one's memory was made for sleeping."""
-    assert engine_settings(gpu[0], 100, 8, 0, can_sleep=False)["enable_sleep_mode"] is False
-
-
-def test_on_a_cpu_it_takes_a_fixed_cache_and_no_graphs():
-    settings = engine_settings("no model is read", 100, 8, 0, can_sleep=True)
-    assert settings["kv_cache_memory_bytes"] == GIB and settings["enforce_eager"]
-
-
-@pytest.mark.parametrize("sequences, expected", [(8, 256), (256, 256), (1000, 1008)])
-def test_as_many_sequences_are_in_flight_as_are_sampled_at_once(gpu, sequences, expected):
-    settings = engine_settings(gpu[0], 100, sequences, 0, can_sleep=True)
-    assert settings["max_num_seqs"] == settings["max_cudagraph_capture_size"] == expected
+def test_as_many_sequences_are_in_flight_as_are_sampled_at_once(gpu):
+    for sequences, expected in ((8, 256), (256, 256), (1000, 1008)):
+        settings = engine_settings(gpu[0], 100, sequences, 0, can_sleep=True)
+        assert settings["max_num_seqs"] == settings["max_cudagraph_capture_size"] == expected
 
 
 def test_the_cache_is_no_larger_than_the_run_can_use(gpu):
@@ -462,7 +391,7 @@ def test_a_rank_computes_on_its_share_of_the_cores(ranks, threads, monkeypatch):
 
 
 REAL_CONFIG = """
-import json, sys
+import sys
 from unittest import mock
 
 import torch
@@ -498,13 +427,16 @@ with mock.patch.object(vllm, "LLM") as llm:
 arguments = llm.call_args.kwargs | {"model": llm.call_args.args[0]}
 config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
 model = config.model_config
-print(json.dumps([
-    str(model.dtype), str(model.head_dtype), model.enable_sleep_mode, model.enforce_eager,
-    model.logprobs_mode, model.max_model_len, model.seed, config.scheduler_config.max_num_seqs,
-    config.compilation_config.cudagraph_capture_sizes[-1], config.parallel_config.worker_cls,
-    config.parallel_config.distributed_executor_backend,
-    config.cache_config.gpu_memory_utilization,
-]))
+assert (model.dtype, model.head_dtype) == (torch.bfloat16, torch.float32)
+assert model.enable_sleep_mode and not model.enforce_eager
+assert model.logprobs_mode == "processed_logprobs"
+assert (model.max_model_len, model.seed) == (136, 7)
+assert abs(config.cache_config.gpu_memory_utilization - 0.95 * 60 / 80) < 1e-6
+assert config.scheduler_config.max_num_seqs == 1008
+assert config.compilation_config.cudagraph_capture_sizes[-1] == 1008
+parallel = config.parallel_config
+assert parallel.worker_cls == "vllm.v1.worker.gpu_worker.Worker"
+assert parallel.distributed_executor_backend == "external_launcher"
 """
 
 
@@ -512,63 +444,10 @@ print(json.dumps([
 def test_vllm_makes_of_our_settings_what_is_meant_on_a_gpu(toy, tmp_path):
     """vLLM's own configuration, built on a platform that says it is an H100."""
     (tmp_path / "config.py").write_text(REAL_CONFIG)
-    *found, share = json.loads(launch(1, tmp_path / "config.py", toy / "model").splitlines()[-1])
-    assert share == pytest.approx(0.95 * 60 / 80)
-    assert found == [
-        "torch.bfloat16", "torch.float32", True, False,
-        "processed_logprobs", 136, 7, 1008,
-        1008, "vllm.v1.worker.gpu_worker.Worker",
-        "external_launcher",
-    ]  # fmt: skip
+    launch(1, tmp_path / "config.py", toy / "model")
 
 
 # ------------------------------------------------------------------------------ in bf16
-
-
-def gap_in_bf16(model, head):
-    """Nats per token between sampler and trainer, before and after a sync. Leaves nothing open."""
-    start_ranks()
-    drgrpo.DTYPE = torch.bfloat16
-    policy = make_policy(replace(TOY, model=model))
-
-    def with_head(*arguments, hf_overrides, **settings):
-        assert hf_overrides == {"head_dtype": "float32"}
-        return real(*arguments, hf_overrides={"head_dtype": head}, **settings)
-
-    real = vllm.LLM
-    with mock.patch("vllm.LLM", with_head):
-        sampler = Sampler(model, 136)
-    problems = [Problem("", [5 + i, 6, 7], ["1"]) for i in range(16)]
-    rollouts = []
-    for seeds in (range(16), range(16, 32)):
-        for group in sampler.generate(problems, list(seeds), 4, 60, 1.0, ()):
-            rollouts += group
-        sampler.wake(policy)
-    sampler.close()
-    batch = collate(rollouts)
-    with torch.no_grad():
-        logprobs = policy(batch.ids, batch.response_mask)
-    gaps = (logprobs - batch.sampler_logprobs).abs()[batch.response_mask.bool()]
-    end_ranks()
-    return gaps.mean().item()
-
-
-TWO_HEADS = """
-import sys
-from tests.test_engine import gap_in_bf16
-
-print(gap_in_bf16(sys.argv[1], "float32"), gap_in_bf16(sys.argv[1], "model"))
-"""
-
-
-@pytest.mark.slow
-def test_an_fp32_head_makes_the_gap_smaller_and_an_engine_can_follow_a_closed_one(toy, tmp_path):
-    (tmp_path / "heads.py").write_text(TWO_HEADS)
-    printed = launch(1, tmp_path / "heads.py", toy / "model")
-    with_it, without = map(float, printed.splitlines()[-1].split())
-    assert with_it < 0.01
-    assert with_it < 0.95 * without
-
 
 IN_BF16 = """
 import torch, drgrpo

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 import drgrpo
+from forks.format_bonus import format_bonus
 from support.data import Problem
-from support.grader import Grader
 from test_drgrpo import BoxGrader, distance_after_scaling
 from tests.helpers import ROOT, FakeSampler, assert_same, launch, read_jsonl, tiny_model
+from tests.test_engine import gap
 
 pytestmark = pytest.mark.project
 
@@ -67,24 +68,12 @@ def config_of(module, **settings):
 # --------------------------------------------------------------------------- all of them
 
 
-def hunks(name):
-    """The text that each hunk of a diff replaces."""
-    parts = re.split(r"^@@.*\n", (FORKS / f"{name}.diff").read_text(), flags=re.M)[1:]
-    kept = [[line for line in part.splitlines() if not line.startswith("+")] for part in parts]
-    return ["".join(line[1:] + "\n" for line in lines) for lines in kept]
-
-
 @each_diff
-def test_a_diff_fits_one_place_wherever_other_lines_are_added(name, tmp_path):
+def test_a_diff_fits_one_place_wherever_other_lines_are_added(name):
     script = (ROOT / "drgrpo.py").read_text()
-    assert [text for text in hunks(name) if script.count(text) != 1] == []
-    grown = re.sub(r"^# -{20}", "# A new line\n" * 9 + "# " + "-" * 20, script, flags=re.M)
-    (tmp_path / "drgrpo.py").write_text(grown)
-    assert apply(name, tmp_path).returncode == 0
-    forked = (tmp_path / "drgrpo.py").read_text().replace("# A new line\n", "")
-    (tmp_path / "drgrpo.py").write_text(script)
-    assert apply(name, tmp_path).returncode == 0
-    assert (tmp_path / "drgrpo.py").read_text() == forked
+    for hunk in re.split(r"^@@.*\n", (FORKS / f"{name}.diff").read_text(), flags=re.M)[1:]:
+        replaced = [line[1:] + "\n" for line in hunk.splitlines() if not line.startswith("+")]
+        assert script.count("".join(replaced)) == 1, hunk
 
 
 @each_diff
@@ -110,7 +99,7 @@ def test_every_fork_is_explained_and_has_a_command_that_it_understands(fork):
 # --------------------------------------------------------------------------- the maths
 
 
-def expected_gradients(module, prompts=(([1], [0.9, 1.0, 0.3]), ([0, 1], [0, 0, 1.0])), **settings):
+def expected_gradients(module, **settings):
     """As in test_drgrpo.py, but through all that makes an update of rewards.
 
     (expected gradient of -loss, gradient of the expected reward) of a tiny policy that writes EOS;
@@ -120,20 +109,17 @@ def expected_gradients(module, prompts=(([1], [0.9, 1.0, 0.3]), ([0, 1], [0, 0, 
     usual = dict(prompts_per_step=1, samples_per_prompt=size, responses_per_update=size)
     config = config_of(module, max_response_tokens=2, tis_cap=None, **usual | settings)
     policy, expected_reward, gradient = module.Policy(model), 0, 0
-    for prompt, rewards in prompts:
+    for prompt, rewards in (([1], [0.9, 1.0, 0.3]), ([0, 1], [0, 0, 1.0])):
         responses = ([0], [1, 0], [1, 1])
         batch = module.collate([module.Rollout(0, prompt, r, [0.0] * len(r)) for r in responses])
         probability = policy(batch.ids, batch.response_mask).sum(dim=1).exp()
         expected_reward = expected_reward + (probability * torch.tensor(rewards)).sum()
         for group in itertools.product(range(3), repeat=size):
-            rollouts = [
-                module.Rollout(
-                    0, prompt, responses[i], [0.0] * len(responses[i]), reward=rewards[i]
-                )
-                for i in group
-            ]
-            for rollout in rollouts:
-                rollout.finish_reason = "stop" if 0 in rollout.response_ids else "length"
+            rollouts = []
+            for i in group:
+                ids, reason = responses[i], "stop" if 0 in responses[i] else "length"
+                rollout = module.Rollout(0, prompt, ids, [0.0] * len(ids), "", reason, rewards[i])
+                rollouts.append(rollout)
             enter_advantages(module, rollouts, config)
             model.zero_grad()
             for micro_batch in module.split_updates(rollouts, config, 0, 0, 1)[0]:
@@ -306,26 +292,16 @@ def test_the_sampler_of_transformers_gives_ids_log_probs_endings_and_takes_weigh
             assert all(string not in r.text[:-1] or r.text.endswith(string) for r in rollouts)
         if temperature:
             assert len({r.text for r in groups[0]}) > 1
-            assert gap_of(module, policy, groups, temperature) < 1e-4
-    assert {r.finish_reason for r in rollouts} <= {"stop", "length"}
+            assert gap(policy, rollouts, temperature) < 1e-4
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(1.1)
-    stale = sampler.generate(problems, seeds, 4, 30, 1.0, ())
+    (stale, _) = sampler.generate(problems, seeds, 4, 30, 1.0, ())
     sampler.sleep()
     sampler.wake(policy)
-    fresh = sampler.generate(problems, seeds, 4, 30, 1.0, ())
-    assert gap_of(module, policy, stale, 1.0) > 0.01
-    assert gap_of(module, policy, fresh, 1.0) < 1e-4
+    (fresh, _) = sampler.generate(problems, seeds, 4, 30, 1.0, ())
+    assert gap(policy, stale) > 0.01 and gap(policy, fresh) < 1e-4
     sampler.close()
-
-
-@torch.no_grad()
-def gap_of(module, policy, groups, temperature):
-    batch = module.collate([rollout for group in groups for rollout in group])
-    gap = policy(batch.ids, batch.response_mask, temperature) - batch.sampler_logprobs
-    policy.reshard()  # as a backward pass does
-    return (gap.abs().sum() / batch.response_mask.sum()).item()
 
 
 # --------------------------------------------------------------------------- whole runs
@@ -338,39 +314,23 @@ runpy.run_path("drgrpo.py", run_name="__main__")
 """
 
 
-@pytest.fixture
-def run(toy, tmp_path):
-    """run(name, *command) is the fork's run: (metrics, samples)."""
-
-    def make(name, ranks, *command, **settings):
-        for file in ("drgrpo.py", "templates.py"):
-            shutil.copy(ROOT / file, tmp_path)
-        assert apply(name, tmp_path).returncode == 0
-        (tmp_path / "runs").mkdir()
-        (tmp_path / "runs" / "toy-base").symlink_to(toy)
-        small = dict(prompts_per_step=8, responses_per_update=32, grader_workers=1)
-        launch(ranks, *command, "toy", folder=tmp_path, **small | settings)
-        return [
-            read_jsonl(tmp_path / "runs" / "toy" / f"{x}.jsonl") for x in ("metrics", "samples")
-        ]
-
-    return make
-
-
 @pytest.mark.slow
-def test_the_toy_learns_without_vllm(run):
-    settings = dict(steps=10, prompts_per_step=16, eval_dataset="None")  # 40 updates
-    rows, samples = run("transformers-sampler", 1, "-c", WITHOUT_VLLM, **settings)
-    assert max(row["gap"] for row in rows) < 1e-4, "the limit is 1e-3"
-    rewards = [row["reward"] for row in rows]
-    assert sum(rewards[-3:]) > sum(rewards[:3]) + 0.3, rewards
-    assert {s["finish_reason"] for s in samples} == {"stop", "length"}
-
-
-@pytest.mark.slow
-def test_the_kl_to_base_is_measured_on_two_ranks_from_the_first_step(run):
-    rows, _ = run("kl-to-base", 2, "drgrpo.py", steps=2, eval_dataset="None", kl_beta=0.04)
-    assert 0 < rows[0]["kl_to_base"] < 0.1 and rows[1]["kl_to_base"] > 0
+@pytest.mark.parametrize("name, ranks, command, settings", [
+    ("transformers-sampler", 1, ("-c", WITHOUT_VLLM), {}),
+    ("kl-to-base", 2, ("drgrpo.py",), {"kl_beta": 0.04}),
+])  # fmt: skip
+def test_a_fork_makes_a_whole_run(toy, tmp_path, name, ranks, command, settings):
+    for file in ("drgrpo.py", "templates.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    assert apply(name, tmp_path).returncode == 0
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy-base").symlink_to(toy)
+    small = dict(steps=2, prompts_per_step=8, responses_per_update=32, eval_dataset="None")
+    launch(ranks, *command, "toy", folder=tmp_path, **small | settings)
+    rows = read_jsonl(tmp_path / "runs" / "toy" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1] and max(row["gap"] for row in rows) < 1e-4
+    if name == "kl-to-base":
+        assert 0 < rows[0]["kl_to_base"] < 0.1 and rows[1]["kl_to_base"] > 0
 
 
 @pytest.mark.parametrize("response, reward", [
@@ -383,12 +343,5 @@ def test_the_kl_to_base_is_measured_on_two_ranks_from_the_first_step(run):
     ("It is 4", 0.0),
     ("", 0.0),
 ])  # fmt: skip
-def test_the_format_bonus_is_for_one_box_at_the_end(format_grader, response, reward):
-    found = format_grader.grade([response], [[]], [{"answer": "4"}])
-    assert found == [pytest.approx(reward)]
-
-
-@pytest.fixture(scope="module")
-def format_grader():
-    with Grader("none", 1, 30.0, f"{FORKS / 'format_bonus.py'}:format_bonus") as grader:
-        yield grader
+def test_the_format_bonus_is_for_one_box_at_the_end(response, reward):
+    assert format_bonus(response, {"answer": "4"}) == pytest.approx(reward)

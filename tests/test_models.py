@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import drgrpo
 import support.logprobs
 from drgrpo import EMPTY_ROLLOUT, Sampler, collate, forward_backward, make_policy, update
-from support.data import Problem
 from support.logprobs import (
     TOLERANCE,
     HeadLogprobs,
@@ -35,6 +34,7 @@ from support.logprobs import (
 )
 from support.run import end_ranks, start_ranks
 from tests.helpers import LONG, TOY, assert_same, launch, some_rollouts, tiny_model
+from tests.test_engine import draw, gap
 
 TINY = {
     "vocab_size": 64,
@@ -87,10 +87,9 @@ def test_the_definition_is_log_softmax_of_the_models_own_logits():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_log_probs_of_a_batch_are_those_of_each_row_alone(mode, temperature):
-    settings = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
-    model, rollouts = getattr(tiny_model(**settings), mode)(), some_rollouts()
+def test_log_probs_of_a_batch_are_those_of_each_row_alone(temperature):
+    model = tiny_model(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
+    rollouts = some_rollouts()
     batch = collate(rollouts)
     logprobs = token_logprobs(model, batch.ids, batch.response_mask, temperature)
     assert logprobs.dtype == torch.float32 and logprobs.shape == batch.response_mask.shape
@@ -112,11 +111,16 @@ def test_no_padding_goes_through_the_model():
 
 FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3Text", "Phi3", "SmolLM3"]
 FAMILIES += ["Starcoder2", "Olmo2", "Olmo3", "Glm4", "Granite", "Ernie4_5", "Exaone4"]
+SETTINGS = {
+    "Starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "Llama": {"attention_dropout": 0.1},  # no harm: training has none
+    "Qwen2": {"vocab_size": 4096, "pad_token_id": 4095},  # beyond the tiny model's vocabulary
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_is_accepted_whose_log_probs_and_gradients_are_its_own(tmp_path, family):
-    settings = {"residual_dropout": 0.0, "embedding_dropout": 0.0} if family == "Starcoder2" else {}
+    settings = SETTINGS.get(family, {})
     check_model(save(tmp_path, family, **settings), 40)
     fast, own = two_tiny_models(configured(family, **settings))
     fast.gradient_checkpointing_enable({"use_reentrant": False})
@@ -277,7 +281,6 @@ def test_bf16_gradients_are_fp32_sums_near_those_of_fp32(ranks, tmp_path, monkey
     ("GraniteSWA", {}, "its layers or its head"),  # attention sinks
     ("Doge", {}, "its layers or its head"),  # a mask of its own
     ("Starcoder2", {"residual_dropout": 0.1}, "its layers or its head"),
-    ("Gemma2", {}, "caps its attention scores"),
     ("Gemma2", {"final_logit_softcapping": None}, "caps its attention scores"),
     ("StableLm", {}, "does not pass `lengths` and `ends`"),
     ("Llama", {"head_dim": 264}, "at most 256"),
@@ -286,11 +289,8 @@ def test_bf16_gradients_are_fp32_sums_near_those_of_fp32(ranks, tmp_path, monkey
     ("GPT2", {}, "its decoder has no `layers`"),
     ("T5", {}, "T5Config"),
     ("Qwen3_5Text", LINEAR, "conv1d.weight has 3 dimensions"),  # and a state that runs on
-    ("Lfm2", {"layer_types": ["full_attention", "conv"]}, "conv.weight has 3 dimensions"),
     ("Mamba", {}, "conv1d.weight has 3 dimensions"),
     ("Qwen3Moe", MOE, "Stacked experts have another shape in vLLM"),
-    ("Mixtral", MOE, "Stacked experts"),
-    ("GptOss", MOE, "Stacked experts"),
     ("JetMoe", MOE, "Stacked experts"),
     ("DeepseekV3", MOE | {"first_k_dense_replace": 1}, "Stacked experts"),
 ])  # fmt: skip
@@ -298,10 +298,6 @@ def test_a_model_that_would_train_wrong_is_refused_with_the_reason(
     tmp_path, family, settings, message
 ):
     assert message in reason(tmp_path, family, **settings)
-
-
-def test_attentions_dropout_does_no_harm_because_training_has_none(tmp_path):
-    check_model(save(tmp_path, "Llama", attention_dropout=0.1), 40)
 
 
 def longrope(original):
@@ -331,16 +327,6 @@ def test_a_window_matters_only_where_a_layer_uses_it(tmp_path):
     settings = {"use_sliding_window": True, "sliding_window": 16}
     check_model(save(tmp_path, "Qwen2", **settings, max_window_layers=2), 40)
     assert "window of 16" in reason(tmp_path, "Qwen2", **settings, max_window_layers=1)
-
-
-def test_the_error_of_a_failed_trial_becomes_the_cause_of_the_refusal(tmp_path, monkeypatch):
-    def fails(*given):
-        raise TypeError("missing 2 required keyword-only arguments")
-
-    monkeypatch.setattr(support.logprobs, "token_logprobs", fails)
-    with pytest.raises(ValueError, match=f"{tmp_path}.*TypeError: missing 2") as refused:
-        check_model(save(tmp_path, "Qwen2"), 40)
-    assert isinstance(refused.value.__cause__, TypeError)
 
 
 @pytest.mark.parametrize("error, fine", [(3e-5, True), (2e-4, False), (float("nan"), False)])
@@ -375,10 +361,6 @@ def test_the_tiny_model_of_a_large_one_is_small_and_has_its_head_size():
     assert sum(p.numel() for p in build(small).parameters()) < 5e6 and small.head_dim == 128
 
 
-def test_a_padding_token_beyond_the_tiny_vocabulary_does_no_harm(tmp_path):
-    check_model(save(tmp_path, "Qwen2", vocab_size=4096, pad_token_id=4095), 40)
-
-
 @pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Gemma", "Olmo2"])
 def test_no_weight_could_be_left_out_of_the_log_probs_unseen(family):
     fast, own = two_tiny_models(configured(family, num_hidden_layers=1))
@@ -393,13 +375,6 @@ def test_no_weight_could_be_left_out_of_the_log_probs_unseen(family):
         weight.data = before
 
 
-def test_the_trial_prints_nothing_and_leaves_the_random_numbers_of_the_run_alone(tmp_path, capfd):
-    model, before = save(tmp_path, "Qwen2"), torch.get_rng_state()
-    check_model(model, 40)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert capfd.readouterr() == ("", "")
-
-
 # ------------------------------------------------------------------ policy, engine and update
 
 ENGINES = ["Llama", "Gemma", "Gemma3Text", "Mistral", "Ministral3", "Qwen2", "Qwen3", "Phi3"]
@@ -408,32 +383,23 @@ ENGINES += ["Glm4", "Ernie4_5", "Exaone4", "Olmo2", "SmolLM3"]
 
 
 def sample_update_wake(folder, family):
-    """The mean gaps per token before an update, after it, and after `wake`."""
+    """The largest gaps of a token before an update, after it, and after `wake`."""
     start_ranks()
     _, model = two_tiny_models(configured(family, eos_token_id=0, bos_token_id=0))
     model.save_pretrained(folder)
     check_model(folder, 128)
-    config = replace(TOY, model=folder, temperature=0.9)
+    config = replace(TOY, model=folder)
     policy, sampler = make_policy(config), Sampler(folder, 128)
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, weight_decay=0.0)
-    problems = [Problem("", LONG[:length], []) for length in (5, 12)]
-
-    def sample():
-        groups = sampler.generate(problems, [1, 2], 2, 24, config.temperature, ())
-        return collate([replace(r, advantage=a) for g in groups for r, a in zip(g, (1.0, -1.0))])
-
-    def gap(batch):
-        logprobs = policy(batch.ids, batch.response_mask, config.temperature).detach()
-        policy.reshard()
-        difference = (logprobs - batch.sampler_logprobs).abs().sum()
-        return (difference / batch.response_mask.sum()).item()
-
-    batch = sample()
+    group = draw(sampler, LONG[:12])
+    for rollout, advantage in zip(group, (1.0, -1.0, 1.0, -1.0), strict=True):
+        rollout.advantage = advantage
+    gaps = [gap(policy, group)]
     sampler.sleep()
-    sums = update(policy, optimizer, [batch], config)
-    gaps = [sums["gap"] / sums["tokens"], gap(batch)]
+    update(policy, optimizer, [collate(group)], config)
+    gaps.append(gap(policy, group))
     sampler.wake(policy)
-    gaps.append(gap(sample()))
+    gaps.append(gap(policy, draw(sampler, LONG[:12])))
     sampler.close()
     end_ranks()
     return gaps
@@ -452,18 +418,13 @@ for family in ENGINES:
 """
 
 
-@pytest.fixture(scope="module")
-def gaps(toy, tmp_path_factory):
-    """Of all families, one after the other in one process."""
-    folder = tmp_path_factory.mktemp("engines")
-    (folder / "all.py").write_text(ALL_ENGINES)
-    printed = launch(1, folder / "all.py", toy / "model", folder=folder, timeout=1800)
-    return dict(json.loads(line) for line in printed.splitlines() if line.startswith("["))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ENGINES)
-def test_an_accepted_model_is_sampled_trained_and_synced_without_a_gap(gaps, family):
-    before, after_update, after_wake = gaps[family]
-    assert before < 1e-4 and after_wake < 1e-4
-    assert after_update > 1e-2, "the engine's old weights would be noticed"
+def test_an_accepted_model_is_sampled_trained_and_synced_without_a_gap(toy, tmp_path):
+    """All families, one after the other in one process."""
+    (tmp_path / "all.py").write_text(ALL_ENGINES)
+    printed = launch(1, tmp_path / "all.py", toy / "model", folder=tmp_path, timeout=1800)
+    gaps = dict(json.loads(line) for line in printed.splitlines() if line.startswith("["))
+    assert list(gaps) == ENGINES
+    for family, (before, after_update, after_wake) in gaps.items():
+        assert before < 1e-4 and after_wake < 1e-4, family
+        assert after_update > 1e-2, f"{family}: the engine's old weights would be noticed"
