@@ -533,6 +533,8 @@ def say_if_scarce(folder: Path, policy: "Policy") -> None:
     there = sum(file.stat().st_size for file in written)
     disk = 3 * state + 2 * export - there  # a third state is written before the first one goes
     memory = state + export  # copies, while they are written
+    if next(iter(policy.parameters())).device.type == "cpu":
+        memory += state  # gradients and moments, which the first update makes
     for name, needed, free in (
         ("disk", disk, shutil.disk_usage(folder).free),
         ("memory", memory, psutil.virtual_memory().available),

@@ -288,14 +288,19 @@ def test_a_reason_is_one_line():
     assert reason(KeyError("lr")) == "KeyError: 'lr'", "the text alone would say nothing"
 
 
+@pytest.mark.parametrize("device, memory", [("cpu", 26e6), ("meta", 14e6)])
 @pytest.mark.parametrize("room, said", [(1.01, []), (0.99, ["little disk", "little memory"])])
-def test_too_little_room_is_said_at_the_start(tmp_path, monkeypatch, capsys, room, said):
-    """A million weights: three states and two exports on the disk, one of each in memory."""
-    policy = SimpleNamespace(parameters=lambda: [torch.zeros(1000, 1000)], saved_dtype=torch.half)
+def test_too_little_room_is_said_at_the_start(
+    tmp_path, monkeypatch, capsys, device, memory, room, said
+):
+    """A million weights: three states and two exports on the disk, one of each in memory, and where
+    the policy is on the CPU its gradients and moments."""
+    weight = torch.zeros(1000, 1000, device=device)
+    policy = SimpleNamespace(parameters=lambda: [weight], saved_dtype=torch.half)
     (tmp_path / "state" / "1").mkdir(parents=True)
     (tmp_path / "state" / "1" / "part").write_bytes(bytes(10**6))  # of the run that goes on
     disk = SimpleNamespace(free=room * 39e6)
-    memory = SimpleNamespace(available=room * 14e6)
+    memory = SimpleNamespace(available=room * memory)
     monkeypatch.setattr(support.run.shutil, "disk_usage", lambda folder: disk)
     monkeypatch.setattr(support.run.psutil, "virtual_memory", lambda: memory)
     support.run.say_if_scarce(tmp_path, policy)
