@@ -14,6 +14,7 @@ from findings import (
     length_bias,
     one_group,
     random_reward,
+    real_model,
     template_and_data,
     unbiased,
 )
@@ -28,6 +29,7 @@ ALL = (
     random_reward.FINDING,
     base_models.FINDING,
 )
+REAL = real_model.FINDING  # needs a model and data, and hours: only its own command measures it
 INTRO = """# Findings: see it with your own eyes
 
 What [arXiv 2503.20783](https://arxiv.org/abs/2503.20783) says of GRPO and Dr. GRPO, tried on the
@@ -36,7 +38,8 @@ add four numbers. Each finding is one command; `make findings` runs all of them.
 training runs (`runs/findings-*`), and a finished run is not trained again.
 
 A toy can show that an effect exists and where it comes from. It cannot show how large the effect is
-in a large model. "Not shown" says what each finding leaves open.
+in a large model. "Not shown" says what each finding leaves open. The last section is a short run of
+a real model.
 
 """
 
@@ -49,7 +52,7 @@ def table() -> str:
 
 def page() -> str:
     """README.md, written by `python -m findings --page`; a test compares the two."""
-    return INTRO + table() + "\n\n" + "\n".join(finding.section() for finding in ALL)
+    return INTRO + table() + "\n\n" + "\n".join(finding.section() for finding in (*ALL, REAL))
 
 
 def main() -> None:
@@ -62,6 +65,7 @@ def main() -> None:
             finding.write_figure()
         else:
             finding.run()
+    REAL.write_figure()
     README.write_text(page())
 
 
