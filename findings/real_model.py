@@ -212,7 +212,8 @@ learns from some ten responses, where the paper's has 128. Larger updates or a l
 were not tried; one setting was chosen before the run and kept.
 
 The run was ended with SIGKILL in steps {kills} (dotted lines), and the same command went on. In
-this run the last two signals were the kernel's, out of memory: the process had grown to 24 GB. The
+this run the last two signals were the kernel's, out of memory: at 20 GB beside other work, and at
+24 GB. The
 {numbers["compared"]} responses of its first {COMPARED} steps, some of them made anew after a kill,
 {"are those" if numbers["alike"] else "are not those"} of a run that was not killed, with the same
 rewards and advantages to the last digit. Trainer and sampler, both in bf16, differed by at most
