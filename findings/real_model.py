@@ -3,8 +3,8 @@
     python findings/real_model.py --model MODEL --train train.jsonl --test test.jsonl
 
 MODEL is the folder or hub name of Qwen2.5-Coder-0.5B-Instruct; the files have the columns `problem`
-and `answer`, and answers are plain numbers. It takes hours. As on a GPU, vLLM and the trainer both
-compute in bf16, and the master weights are fp32.
+and `answer`, and answers are plain numbers. Give absolute paths. It takes hours. As on a GPU, vLLM
+and the trainer both compute in bf16, and the master weights are fp32.
 """
 
 import subprocess

@@ -244,9 +244,9 @@ def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict[s
 
 def check_compiler() -> None:
     """Raises ValueError if there is no compiler: torch and vLLM compile when the engine starts."""
-    compilers = [os.environ.get("CXX", "g++")]
+    compilers = [os.environ.get("CXX") or "g++"]
     if torch.cuda.is_available():
-        compilers = [os.environ.get("CC", "gcc"), "clang"]
+        compilers = [os.environ.get("CC") or "gcc", "clang"]
     if not any(shutil.which(name.split()[0]) for name in compilers):
         names = " or ".join(compilers)
         raise ValueError(f"no compiler {names}: install it, for example with `apt install g++`")
