@@ -286,22 +286,12 @@ def refuse_small_machine(config: PlanConfig) -> None:
     disk, host = needs(config, numel(meta_model(config.model)))
     config.folder.parent.mkdir(exist_ok=True)
     disk_free = shutil.disk_usage(config.folder.parent).free
-    for name, need, free in (("disk", disk, disk_free), ("host's memory", host, host_free())):
+    host_free = psutil.virtual_memory().available
+    for name, need, free in (("disk", disk, disk_free), ("host's memory", host, host_free)):
         line = f"{name}: {need / GB:.3f} GB needed, {free / GB:.3f} GB free"
         if need > free:
             sys.exit(f"stop: {line}")
         print(line)
-
-
-def host_free(root: str = "/") -> int:
-    """Bytes that this node's processes can take: what is free, or the limit of a cgroup (v2)."""
-    free = psutil.virtual_memory().available
-    group = Path(root, "proc/self/cgroup").read_text().split("0::/")[-1].strip()
-    folder = Path(root, "sys/fs/cgroup", group)
-    for limit in (parent / "memory.max" for parent in (folder, *folder.parents)):
-        if limit.exists() and limit.read_text().strip() != "max":
-            free = min(free, int(limit.read_text()))
-    return free
 
 
 def ladder(config: PlanConfig, phase: str) -> str:

@@ -128,14 +128,6 @@ def assert_as(folder: Path, other: Path) -> None:
     assert same(weights, other_weights)
 
 
-def flip_bits(file, *places):
-    """At these places; without any at one in a thousand, since not every bit matters."""
-    content = bytearray(file.read_bytes())
-    for place in places or range(0, len(content), 1000):
-        content[place] ^= 1
-    file.write_bytes(content)
-
-
 # ------------------------------------------------------------------------ other processes
 
 

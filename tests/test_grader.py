@@ -151,14 +151,12 @@ def workers_of_this_process() -> list[int]:
     return [child.pid for child in multiprocessing.active_children()]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-def test_idle_workers_lost_to_a_signal_are_replaced(sent, monkeypatch):
-    monkeypatch.setattr(support.grader, "PATIENCE", 15.0)
+def test_idle_workers_that_were_killed_are_replaced():
     others = set(workers_of_this_process())
     with Grader("none") as grader:
         assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
         for pid in set(workers_of_this_process()) - others:
-            os.kill(pid, sent)
+            os.kill(pid, signal.SIGKILL)
         time.sleep(0.5)
         assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
         assert (grader.timeouts, grader.errors) == (0, 0)

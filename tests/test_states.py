@@ -24,9 +24,9 @@ import drgrpo
 import support.run
 from drgrpo import collate, full_weights, make_policy, micro_batches, update
 from support.logprobs import token_logprobs
-from support.run import Run, States, reason, saved_steps
+from support.run import Run, States, saved_steps
 from tests.helpers import TOY, some_rollouts, tiny_model
-from tests.runs import flip_bits, on_ranks, same, small
+from tests.runs import on_ranks, same, small
 
 RUN = Path("runs/run")
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -137,34 +137,13 @@ def cut(file):
     os.truncate(file, file.stat().st_size - 1)
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata"])
-@pytest.mark.parametrize("damage", [flip_bits, cut, Path.unlink])
-def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(saved, damage, file):
-    damage(Path("state/2", file))
+@pytest.mark.parametrize("damage", [cut, Path.unlink])
+def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(saved, damage):
+    damage(Path("state/2/__0_0.distcp"))
     learner = Learner()
-    if (damage, file) != (Path.unlink, ".metadata"):
-        with pytest.warns(match="the state state/2 is damaged: rank 0: [^\n]*$"):
-            assert learner.states().load() == 1
-    else:
+    with pytest.warns(match="the state state/2 is damaged: rank 0: [^\n]*$"):
         assert learner.states().load() == 1
     assert same(learner.values(), saved[2][1])
-
-
-def test_a_flipped_bit_is_seen_wherever_it_changes_a_value(saved):
-    file = Path("state/2/__0_0.distcp")
-    whole, refused = file.read_bytes(), 0
-    learner = Learner()
-    states = learner.states()
-    for place in range(7, len(whole), len(whole) // 15):
-        flip_bits(file, place)
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter("always")
-            step = states.load()
-        assert same(learner.values(), saved[2][step]), place
-        assert (step == 1) == any("state/2 is damaged" in str(each.message) for each in seen)
-        refused += step == 1
-        file.write_bytes(whole)
-    assert refused >= 8
 
 
 def test_if_no_state_can_be_loaded_the_error_says_what_to_do(saved):
@@ -271,21 +250,6 @@ def test_whatever_fails_in_a_save_is_a_failed_save(saved, monkeypatch, place, er
     with pytest.warns(match="could not be saved"):
         states.wait()
     assert states.failed == 1 and saved_steps(Path("state")) == [2, 1]
-
-
-def test_a_save_into_what_is_no_folder_is_a_failed_save(here):
-    Path("state").write_text("")
-    states = Learner().learn(1).states()
-    with pytest.warns(match="could not be saved in state: .*(FileExists|NotADirectory)Error"):
-        save(states, 1)
-    assert states.failed == 1 and saved_steps(Path("state")) == []
-
-
-def test_a_reason_is_one_line():
-    failures = {1: (FULL, None), 0: (RuntimeError("failed\n#0 a frame\n#1 another"), None)}
-    found = reason(CheckpointException("write", failures))
-    assert found == f"rank 0: RuntimeError: failed; rank 1: OSError: {FULL}"
-    assert reason(KeyError("lr")) == "KeyError: 'lr'", "the text alone would say nothing"
 
 
 @pytest.mark.parametrize("device, memory", [("cpu", 26e6), ("meta", 14e6)])
@@ -471,6 +435,6 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(here):
     assert done.results == [[0, 1, 0], [0, 1, 0]]
     assert done.printed.count("rank 1: OSError: [Errno 28] No space left on device") == 2
     assert saved_steps(Path("state")) == [3, 1]
-    flip_bits(Path("state/3/__1_0.distcp"))
-    with pytest.warns(match="state/3 is damaged: rank 0: ValueError: __1_0.distcp is not what"):
+    cut(Path("state/3/__1_0.distcp"))
+    with pytest.warns(match="state/3 is damaged: rank 0: "):
         assert Learner().states().load() == 1, "one rank reads what two have written"
