@@ -73,7 +73,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from support.data import Problem, check_endings, derive_seed, endings, step_problems
-from support.grader import Grader, Verdict, refuse_broken_reward
+from support.grader import Grader, refuse_broken_reward
 from support.logprobs import token_logprobs
 from support.records import on_screen, say, show_examples, status, summarize
 from support.run import (
@@ -208,7 +208,7 @@ def group_advantages(rewards: torch.Tensor, divide_by_std: bool = False) -> torc
     highest = rewards.masked_fill(~known, -math.inf).amax(dim=1, keepdim=True)
     lowest = rewards.masked_fill(~known, math.inf).amin(dim=1, keepdim=True)
     has_signal = known & (highest > lowest)  # else the mean's rounding error would be a signal
-    return torch.where(has_signal, advantages, torch.zeros_like(advantages))
+    return torch.where(has_signal, advantages, 0.0)
 
 
 def drgrpo_loss(
@@ -307,7 +307,7 @@ def train(
     tokenizer,
     problems: list[Problem],
     held_out: list[Problem],
-    dropped: dict[str, int],
+    facts: dict,
 ) -> bool:
     """A whole run, or the rest of one that was stopped, from what `prepare` returned.
 
@@ -317,7 +317,7 @@ def train(
     with (
         stop_signals() as asked_to_stop,
         start(config) as (policy, optimizer, sampler, grader),
-        Run(config, tokenizer, problems, held_out, dropped, policy, optimizer) as run,
+        Run(config, tokenizer, problems, facts, policy, optimizer) as run,
     ):
         if run.first_step > 0:  # the engine still has the base model's weights
             sampler.sleep()
@@ -591,13 +591,9 @@ def give_rewards(
         truncated = rollout.finish_reason == "length"
         rollout.reward = config.truncated_reward if truncated else verdict.reward
         rollout.correct, rollout.failure = verdict.correct, verdict.failure
-    everyone: list[Rollout] = []
-    all_verdicts: list[Verdict] = []
-    for rank_rollouts, rank_verdicts in from_all_ranks((rollouts, verdicts)):
-        everyone += rank_rollouts
-        all_verdicts += rank_verdicts
-    refuse_broken_reward(all_verdicts)
-    return everyone
+    of_all_ranks = from_all_ranks((rollouts, verdicts))
+    refuse_broken_reward([verdict for _, part in of_all_ranks for verdict in part])
+    return [rollout for part, _ in of_all_ranks for rollout in part]
 
 
 def evaluate(

@@ -308,10 +308,10 @@ def measure(config: PlanConfig, prepared: tuple, watch: "Watch", ends: ExitStack
 
     Raises RuntimeError if a state comes back other than it was.
     """
-    tokenizer, problems, held_out, dropped = prepared
+    tokenizer, problems, held_out, facts = prepared
     with watch({}, "start"):
         policy, optimizer, sampler, grader = ends.enter_context(drgrpo.start(config))
-        run = Run(config, tokenizer, problems, held_out, dropped, policy, optimizer)
+        run = Run(config, tokenizer, problems, facts, policy, optimizer)
         ends.enter_context(run)
     let_no_response_end(sampler)
     for step in range(2):  # the first one warms up

@@ -90,7 +90,7 @@ def check_endings(rollouts: list, model: str, stop: tuple[str, ...]) -> None:
     ends = endings(model, stop)
     for rollout in rollouts:
         ended_by_id = rollout.response_ids and rollout.response_ids[-1] in ends
-        ended_by_text = any(rollout.text.endswith(string) for string in stop)
+        ended_by_text = rollout.text.endswith(stop)
         if rollout.finish_reason == "stop" and not (ended_by_id or ended_by_text):
             raise RuntimeError(
                 f"a response stopped, but its last token is {rollout.response_ids[-1:]}, which is "

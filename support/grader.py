@@ -1,6 +1,6 @@
 """The reward: does a response's answer equal the right one, or what does a function of yours say.
 
-Equality is decided by math-verify, that is by sympy running on text a language model wrote. It may
+Equality is decided by sympy, which runs on text that a language model wrote. It may
 compute for ever or fill the memory, and no code inside the same process can reliably stop it. So
 `Grader` compares answers in worker processes that it can kill. A reward function of one's own
 (`--reward FILE.py:FUNCTION`) runs there, too. A grading that is lost says nothing of the response:
@@ -51,9 +51,6 @@ class Verdict:
     correct: bool | None  # None: it failed, or a reward function of one's own does not say
     failure: str | None = None  # TIMEOUT, or the text of an error
     graded: bool = True  # False: it has no answer, so no worker was asked
-
-
-UNANSWERED = Verdict(0.0, False, graded=False)
 
 
 class Grader:
@@ -135,7 +132,7 @@ class Grader:
         for pair in pairs:
             result = results.get(pair)
             if result is None:
-                verdicts.append(UNANSWERED)
+                verdicts.append(Verdict(0.0, False, graded=False))
             elif isinstance(result, str):
                 verdicts.append(Verdict(math.nan, None, result))
             else:
@@ -193,7 +190,8 @@ class Grader:
         # Workers inherit what is blocked while their server starts. A run that is asked to stop
         # finishes its step, and needs them for it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        context.set_forkserver_preload(["math_verify"])  # what takes seconds, once before the fork
+        # What takes seconds to import, once before the workers are forked
+        context.set_forkserver_preload(["latex2sympy2_extended"])
         ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pool = ProcessPool(
@@ -328,7 +326,7 @@ def prepare_worker(reward: str) -> None:
     """Runs once in each worker, before the clock of any grading."""
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)  # in case it was inherited as ignored
     with suppress(TimeoutError):  # loading takes long on a busy machine
-        answers_match("\\frac{1}{2}", "0.5")  # loads what math-verify loads at its first use
+        answers_match("\\frac{1}{2}", "0.5")  # loads what the parser loads at its first use
     if reward != "math":
         with suppress(ValueError):  # each grading will say what is wrong with it
             load_reward(reward)
@@ -350,7 +348,7 @@ def run_call(cpu_seconds: float, function: Callable, *arguments: Any) -> Any:
 
 def last_lines() -> str:
     """The end of the traceback of the error that is being handled."""
-    return "".join(traceback.format_exc().splitlines(keepends=True)[-4:]).strip()[-500:]
+    return "\n".join(traceback.format_exc().splitlines()[-4:]).strip()[-500:]
 
 
 def own_reward(reward: str, response: str, row: dict) -> float:

@@ -64,31 +64,28 @@ def summarize(rollouts: list, samples_per_prompt: int) -> dict[str, float | None
     What needs verdicts, or groups of several, is left out where there is none.
     """
     rewards = np.array([r.reward for r in rollouts]).reshape(-1, samples_per_prompt)  # (P, G)
-    known = ~np.isnan(rewards)
     failures = [r.failure for r in rollouts if r.failure]
     metrics: dict[str, float | None] = {
-        "reward": mean(rewards[known]),
+        "reward": mean(rewards[~np.isnan(rewards)]),
         "truncated": mean(r.finish_reason == "length" for r in rollouts),
         "length": mean(len(r.response_ids) for r in rollouts),
         "timeouts": failures.count(TIMEOUT),
         "errors": len(failures) - failures.count(TIMEOUT),
     }
     if samples_per_prompt > 1:  # else they are greedy, and nothing was drawn
-        highest = np.where(known, rewards, -np.inf).max(axis=1)
-        lowest = np.where(known, rewards, np.inf).min(axis=1)
+        advantages = np.array([r.advantage for r in rollouts]).reshape(rewards.shape)
         metrics |= {
             # -logprob of a sampled token is an unbiased estimate of the policy's entropy, for free
             "entropy": mean(-logprob for r in rollouts for logprob in r.sampler_logprobs),
-            "groups_without_signal": float((highest <= lowest).mean()),
+            "groups_without_signal": float((advantages == 0).all(axis=1).mean()),
             "length_above": mean(len(r.response_ids) for r in rollouts if r.advantage > 0),
             "length_below": mean(len(r.response_ids) for r in rollouts if r.advantage < 0),
         }
     judged = [r for r in rollouts if r.correct is not None]
     if not judged:  # a reward of one's own
         return metrics | {"reward_se": standard_error(rewards)}
-    nan = float("nan")
-    correct = [nan if r.correct is None else float(r.correct) for r in rollouts]
-    groups = np.array(correct).reshape(-1, samples_per_prompt)  # (P, G)
+    correct = np.array([r.correct for r in rollouts], dtype=float)  # None becomes nan
+    groups = correct.reshape(-1, samples_per_prompt)  # (P, G)
     metrics |= {
         "accuracy": mean(r.correct for r in judged),
         "accuracy_se": standard_error(groups),
@@ -129,8 +126,6 @@ def headline(row: dict, steps: int) -> str:
 
 def warn_of(row: dict, samples: list[dict], stop: tuple[str, ...], truncated_reward: float) -> None:
     """Warn of what looks wrong in a step. Python shows equal warnings only once."""
-    if not samples:  # only an evaluation
-        return
     if row["timeouts"] + row["errors"] >= 0.01 * len(samples):
         warn(
             "1% of the gradings or more failed: their responses have no reward. Read `failure` in "
@@ -282,7 +277,8 @@ class Records:
         append_rows(self.folder / "samples.jsonl", samples)
         self.send(row)
         say(headline(row, self.config.steps))
-        warn_of(row, samples, self.stop, self.config.truncated_reward)
+        if samples:  # else it was only an evaluation
+            warn_of(row, samples, self.stop, self.config.truncated_reward)
         if any(key.startswith("eval_") for key in row):
             plot_curves(self.folder)
 
@@ -312,14 +308,17 @@ def plot_curves(folder: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     rows = read_rows(folder / "metrics.jsonl")
-    reward = {"training": "reward", "held-out accuracy": "eval_accuracy"}
-    lengths = {"right": "length_right", "wrong": "length_wrong"}
-    if not any("accuracy" in row for row in rows):  # a reward of one's own
-        reward = {"training": "reward", "held-out reward": "eval_reward"}
-        lengths = {"above the group's mean reward": "length_above", "below it": "length_below"}
     panels = {
-        "reward": reward,
-        "response length (tokens)": lengths,
+        "reward": {
+            "training": "reward",
+            "held-out": "eval_reward",
+            "held-out accuracy": "eval_accuracy",
+        },
+        "response length (tokens)": {
+            "all": "length",
+            "right": "length_right",
+            "wrong": "length_wrong",
+        },
         "gap of sampler and trainer (nats per token)": {"": "gap"},
         "gradient norm": {"": "grad_norm"},
     }

@@ -221,23 +221,24 @@ def give_threads_back() -> None:
 # ------------------------------------------------------------------------- before a run begins
 
 
-def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict[str, int]]:
+def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict]:
     """All that can go wrong in a training run before it starts.
 
-    Returns the tokenizer, problems, held-out problems, and counts of dropped rows. Raises
-    ValueError that says what to change.
+    Returns the tokenizer, problems, held-out problems, and facts for config.json. Raises ValueError
+    that says what to change.
     """
     check_tracker(config.track)
     check_compiler()
     tokenizer, problems, held_out, dropped = load_data(config)
     check_reward(config.reward, [part[0].row for part in (problems, held_out) if part])
+    facts = {"asked": what_is_asked(config, problems, held_out), "dropped_problems": dropped}
     if os.environ.get("RANK", "0") == "0":  # if it ends with an error, torchrun ends the others
-        check_folder(config, what_is_asked(config, problems, held_out))
+        check_folder(config, facts["asked"])
         check_model(config.model, config.max_prompt_tokens + config.max_response_tokens)
         for name, part in ((config.dataset, problems), (config.eval_dataset, held_out)):
             if message := unreadable_golds(part):
                 say(f"{name}: {message}")
-    return tokenizer, problems, held_out, dropped
+    return tokenizer, problems, held_out, facts
 
 
 def check_compiler() -> None:
@@ -321,7 +322,6 @@ class States:
         # The thread's collective operations must not mix with those of the step
         self.group = dist.new_group(backend="gloo")
         self.saving: tuple[int, Any] | None = None  # step and Future of the save under way
-        self.newest = 0  # step of the state that was saved or loaded last
         self.failed = 0  # saves in a row
 
     def shards(self) -> dict[str, dict[str, Any]]:
@@ -348,28 +348,24 @@ class States:
         if self.saving is None:
             return
         (step, saving), self.saving = self.saving, None
-        failure: BaseException | None = None
         try:
             saving.result()
-            self.newest, self.failed = step, 0
         except (OSError, RuntimeError, CheckpointException) as error:
-            self.failed, failure = self.failed + 1, error
-        free = shutil.disk_usage(self.folder.parent).free / 1e9  # before anything is removed
+            self.failed += 1
+            if dist.get_rank() == 0:
+                shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            message = f"the state could not be saved in {self.folder}: {reason(error)}"
+            if self.failed > 1:
+                raise RuntimeError(f"twice in a row, {message}") from error
+            warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)
+            return
+        self.failed = 0
         if dist.get_rank() == 0:
             # States of later steps are damaged: the run did not go on from them
-            kept = [step for step in saved_steps(self.folder) if step <= self.newest][:2]
+            kept = [whole for whole in saved_steps(self.folder) if whole <= step][:2]
             for folder in self.folder.glob("[0-9]*"):
                 if folder.name.isdigit() and int(folder.name) not in kept:
                     shutil.rmtree(folder, ignore_errors=True)
-        if failure is None:
-            return
-        message = (
-            f"the state could not be saved in {self.folder}: {reason(failure)} "
-            f"({free:,.3f} GB are free on that disk)"
-        )
-        if self.failed > 1:
-            raise RuntimeError(f"twice in a row, {message}") from failure
-        warnings.warn(f"{message}. The run goes on; the older states are kept.", stacklevel=2)
 
     def load(self) -> int:
         """Load the newest state that can be loaded. Returns its step, 0 if there is no state.
@@ -387,11 +383,9 @@ class States:
             state = self.folder / str(step)
             try:
                 dcp.load(self.shards(), checkpoint_id=state, process_group=self.group)
+                return step
             except CheckpointException as error:
                 warnings.warn(f"the state {state} is damaged: {reason(error)}", stacklevel=2)
-                continue
-            self.newest = step
-            return step
         if steps:
             raise ValueError(
                 f"every state in {self.folder} is damaged: remove {self.folder.parent} to start "
@@ -430,8 +424,7 @@ class Run:
         config: "Config",
         tokenizer,
         problems: list[Problem],
-        held_out: list[Problem],
-        dropped: dict[str, int],
+        facts: dict,
         policy: "Policy",
         optimizer: torch.optim.Optimizer,
     ):
@@ -440,14 +433,10 @@ class Run:
         self.states = States(config.folder / "state", policy, optimizer)
         self.first_step = self.states.load()
         self.finished = False  # whether all steps are made, and the last evaluation
-        facts = {
-            "asked": what_is_asked(config, problems, held_out),
-            "versions": versions()
-            | {"model_commit": getattr(self.model.config, "_commit_hash", None)},
-            "dropped_problems": dropped,
-        }
         self.records = None
         if dist.get_rank() == 0:
+            commit = getattr(self.model.config, "_commit_hash", None)
+            facts = facts | {"versions": versions() | {"model_commit": commit}}
             stop = TEMPLATES[config.template].stop
             self.records = Records(config, facts, stop, self.first_step)
             say_if_scarce(config.folder, policy)

@@ -3,18 +3,15 @@
 import importlib
 import os
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 import drgrpo
-from support.data import Problem
 from support.grader import Grader
 from support.run import start_ranks
-from tests.helpers import ROOT, TOY, FakeSampler, tiny_model
+from tests.helpers import ROOT, TOY, tiny_model
 from tests.runs import furnish
 from toy import make_toy
 
@@ -34,14 +31,20 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
-def shared_engine(ranks, toy, tmp_path_factory):
-    """For `engine` alone."""
-    folder = tmp_path_factory.mktemp("engine") / "model"
+def base(ranks, toy, tmp_path_factory):
+    """A tiny model with the toy's tokenizer."""
+    folder = tmp_path_factory.mktemp("base") / "base"
     tokenizer = AutoTokenizer.from_pretrained(toy / "model")
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_engine(base):
+    """For `engine` alone."""
     # the first thing a CUDA machine would do differently is to give the policy the GPU
-    config = replace(TOY, model=str(folder), max_prompt_tokens=300, max_response_tokens=20)
+    config = replace(TOY, model=str(base), max_prompt_tokens=300, max_response_tokens=20)
     policy = drgrpo.make_policy(config)
     sampler = drgrpo.Sampler(config.model, 320)
     yield sampler, policy, config
@@ -63,65 +66,6 @@ def engine(shared_engine):
         policy.zero_grad()
         policy.load_state_dict(before)
         sampler.wake(policy)
-
-
-@pytest.fixture
-def fake_run(ranks, toy, tmp_path, monkeypatch):
-    """`train` in tmp_path, with a tiny policy and random responses in place of an engine's.
-
-    fake_run(change, held_out, **settings) lets `change` see the sampler before it begins, and
-    returns the sampler. Its `finished` is what `train` returned.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
-    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    problems = [Problem(f"p{i}", [5, 6, i], [str(i % 3)], f"p{i}", {"i": i}) for i in range(6)]
-    usual = dict(
-        name="run",
-        model="base",
-        steps=2,
-        prompts_per_step=4,
-        samples_per_prompt=4,
-        responses_per_update=8,
-        max_response_tokens=12,
-        eval_every=100,
-        grader_workers=1,
-    )
-
-    def run(change=lambda sampler: None, held_out=(), **settings):
-        config = replace(TOY, **usual | settings)
-        policy = drgrpo.make_policy(config)
-        optimizer = torch.optim.AdamW(policy.parameters(), config.lr)
-        sampler = FakeSampler(policy)
-        change(sampler)
-
-        @contextmanager
-        def start(config):
-            grader = Grader(config.template, 1, config.grader_timeout, config.reward)
-            try:
-                yield policy, optimizer, sampler, grader
-            finally:
-                sampler.close()
-                grader.close()
-
-        monkeypatch.setattr(drgrpo, "start", start)
-        sampler.finished = drgrpo.train(
-            config, tokenizer, problems, list(held_out), {"too_long": 0}
-        )
-        return sampler
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def base(ranks, toy, tmp_path_factory):
-    """A tiny model with the toy's tokenizer."""
-    folder = tmp_path_factory.mktemp("base") / "base"
-    tokenizer = AutoTokenizer.from_pretrained(toy / "model")
-    tiny_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -170,12 +114,6 @@ def hostile(answer: str, golds: tuple) -> bool:
     if answer.startswith("bug"):
         raise KeyError(answer)
     return answers_match(answer, golds)
-
-
-def note_call(file: str, answer: str, golds: tuple) -> bool:
-    with open(file, "a") as out:
-        out.write(f"{answer}\\n")
-    return answer in golds
 
 
 def slow(answer: str, golds: tuple) -> bool:

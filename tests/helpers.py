@@ -85,16 +85,12 @@ class StoredSampler:
 
 
 class FakeSampler:
-    """Random ids with the policy's own log-probs, and a note of all that it is asked to do.
-
-    `shift` is added to the log-probs.
-    """
+    """Random ids with the policy's own log-probs, and a note of all that it is asked to do."""
 
     def __init__(self, policy: Policy):
         self.policy = policy
         self.calls: list[str] = []
         self.seeds: list[list[int]] = []  # of each call
-        self.shift = 0.0
 
     def generate(self, problems, seeds, n, max_tokens, temperature, stop):
         self.calls.append("sample")
@@ -115,8 +111,7 @@ class FakeSampler:
         batch = collate([Rollout(place, problem.prompt_ids, ids, [0.0] * len(ids))])
         logprobs = self.policy(batch.ids, batch.response_mask)[batch.response_mask.bool()]
         self.policy.reshard()  # as a backward pass does
-        shifted = (logprobs + self.shift).tolist()
-        return Rollout(place, problem.prompt_ids, ids, shifted, text, reason)
+        return Rollout(place, problem.prompt_ids, ids, logprobs.tolist(), text, reason)
 
     def sleep(self):
         self.calls.append("sleep")

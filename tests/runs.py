@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 import drgrpo
 import support.records
 import support.run
-from support.grader import Verdict
+from support.grader import Grader, Verdict
 from support.run import is_finished, start_ranks
 from templates import TEMPLATES
 from tests.helpers import ROOT, TOY, FakeSampler, read_jsonl, write_jsonl
@@ -86,8 +86,12 @@ def train(change=lambda sampler: None, **settings) -> FakeSampler:
         optimizer = torch.optim.AdamW(policy.parameters(), config.lr, (0.9, 0.95), fused=True)
         made.append(FakeSampler(policy))
         change(made[0])
-        yield policy, optimizer, made[0], QuickGrader(config.template)
-        made[0].close()
+        with ExitStack() as stack:
+            grader = QuickGrader(config.template)
+            if config.reward != "math":
+                grader = stack.enter_context(Grader("none", 1, reward=config.reward))
+            yield policy, optimizer, made[0], grader
+            made[0].close()
 
     with (
         mock.patch.object(drgrpo, "start", start),

@@ -168,13 +168,8 @@ def saved(data, kind, folder):
     file = str(folder / f"data.{kind}")
     if kind == "jsonl":
         data.to_json(file)
-    elif kind == "json":
-        data.to_json(file, lines=False)
     elif kind == "parquet":
         data.to_parquet(file)
-    elif kind == "arrow":
-        data.save_to_disk(folder / "arrow")
-        next((folder / "arrow").glob("*.arrow")).rename(file)
     elif kind == "folder":
         data.save_to_disk(file)
     else:
@@ -182,7 +177,7 @@ def saved(data, kind, folder):
     return file
 
 
-KINDS = ["jsonl", "json", "parquet", "arrow", "folder", "folder of splits"]
+KINDS = ["jsonl", "parquet", "folder", "folder of splits"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-import support.grader
 from support.grader import Grader, Verdict, check_reward, refuse_broken_reward
 from templates import Template
 from tests.helpers import ROOT, boxed, launch, read_jsonl, wait_until
@@ -53,12 +52,9 @@ def test_a_template_is_given_by_name_or_as_a_record():
 
 
 def test_grading_works_outside_the_main_thread(grader):
-    rewards = []
-    batch = [boxed("\\frac{2}{4}"), boxed("3")], ["0.5", "2"]
-    thread = threading.Thread(target=lambda: rewards.extend(grader.grade(*batch)))
-    thread.start()
-    thread.join(30)
-    assert rewards == [1.0, 0.0]
+    with ThreadPoolExecutor() as pool:
+        graded = pool.submit(grader.grade, [boxed("\\frac{2}{4}"), boxed("3")], ["0.5", "2"])
+        assert graded.result(30) == [1.0, 0.0]
 
 
 MAIN_SCRIPT = """
@@ -71,7 +67,7 @@ from support.grader import Grader
 if __name__ == "__main__":
     with Grader("none", workers=1) as grader:
         grader.equal = hostile_comparisons.has_imported
-        print(grader.grade(["\\\\boxed{torch}", "\\\\boxed{math_verify}"], ["1", "1"]))
+        print(grader.grade(["\\\\boxed{torch}", "\\\\boxed{latex2sympy2_extended}"], ["1", "1"]))
     print(__file__)
 """
 
@@ -110,29 +106,11 @@ def test_more_hangs_than_workers_do_not_stop_the_grading(hostile):
         assert grader.grade(CLEAN, CLEAN_GOLDS) == CLEAN_REWARDS
 
 
-def test_each_distinct_pair_is_compared_once_but_every_response_counts(tmp_path, hostile):
-    calls = tmp_path / "calls"
-    with Grader("none") as grader:
-        grader.equal = partial(hostile.note_call, str(calls))
-        responses = [boxed(i % 3) for i in range(20)]
-        assert grader.grade(responses, ["1"] * 20) == [float(i % 3 == 1) for i in range(20)]
-        assert sorted(calls.read_text().split()) == ["0", "1", "2"]
-        assert grader.graded == 20
-
-
 def test_waiting_for_a_worker_is_not_counted_as_running_time(hostile):
-    with Grader("none", workers=1, timeout=0.8) as grader:
+    with Grader("none", workers=1, timeout=0.3) as grader:
         grader.equal = hostile.slow
-        assert grader.grade([boxed(i) for i in range(8)], ["1"] * 8) == [1.0] * 8  # 1.6 s in all
-
-
-def test_a_batch_of_mostly_errors_raises_the_first_with_its_last_lines(hostile):
-    with Grader("none") as grader:
-        grader.equal = hostile.hostile
-        bugs = [boxed(f"bug {i}") for i in range(8)]
-        with pytest.raises(RuntimeError, match=r"(?s)8 of 15 .*line \d+, in hostile.*'bug 0'"):
-            grader.grade(bugs + CLEAN[:7], ["1"] * 15)
-        assert grader.errors == 8
+        # 1.6 s in all, and one may take 1.2
+        assert grader.grade([boxed(i) for i in range(8)], ["1"] * 8) == [1.0] * 8
 
 
 def test_a_reward_that_mostly_fails_stops_the_run():
@@ -268,22 +246,6 @@ def test_a_function_that_cannot_be_had_is_refused(rewards, name, message):
     (rewards.parent / "text.txt").write_text("def f(): pass")
     with pytest.raises(ValueError, match=message):
         check_reward(str(rewards.parent / name), [{}])
-
-
-@pytest.mark.parametrize("does, message", [
-    ("raise", "(?s)failed on an empty response to the row .*'raise'.*KeyError: 'oops'"),
-    ("hang", "the row .*'hang'.*: timeout"),
-])  # fmt: skip
-def test_a_function_is_tried_on_a_training_row_and_a_held_out_row(
-    rewards, does, message, monkeypatch
-):
-    impatient = lambda *args, timeout, **kwargs: Grader(*args, timeout=1.0, **kwargs)
-    monkeypatch.setattr(support.grader, "Grader", impatient)
-    reward = f"{rewards}:on_the_first_row"
-    with pytest.raises(ValueError, match=message):
-        check_reward(reward, [{"problem": "half"}, {"problem": does}])
-    check_reward(reward, [{"problem": "half"}, {"problem": "true"}])
-    check_reward("math", [{}])
 
 
 # ------------------------------------------------------------------- a judge over HTTP, in docs

@@ -188,15 +188,3 @@ def test_any_group_has_the_numbers_of_drgrpo(page):
         assert shown.keys() == pushes.keys()
         for name, column in pushes.items():
             assert shown[name] == same(column), (name, rewards, lengths)
-
-
-def test_dark_mode_is_dark(page):
-    colors = {}
-    for mode in ("light", "dark"):
-        wish = {"features": [{"name": "prefers-color-scheme", "value": mode}]}
-        page.execute_cdp_cmd("Emulation.setEmulatedMedia", wish)
-        style = "const style = getComputedStyle(document.body);"
-        colors[mode] = page.execute_script(f"{style} return [style.backgroundColor, style.color]")
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert colors["light"] == ["rgb(255, 255, 255)", "rgb(26, 26, 26)"]
-    assert colors["dark"] == ["rgb(21, 23, 26)", "rgb(236, 236, 236)"]

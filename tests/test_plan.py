@@ -277,13 +277,3 @@ def test_the_command_tries_the_toy(ranks, toy, tmp_path):
     text = launch(ranks, ROOT / "plan.py", "toy", "--try", folder=tmp_path)
     assert "all responses have 72 tokens" in text and "it came back equal" in text
     assert not (tmp_path / "runs" / "toy-try").exists()
-
-
-@pytest.mark.slow
-def test_the_command_prints_a_plan_and_makes_no_run(toy, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "toy-base").symlink_to(toy.resolve())
-    text = launch(1, ROOT / "plan.py", "toy", gpus=2, folder=tmp_path)
-    assert "on 1 x 2 GPU(s)" in text and "hours" in text
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert names == [".toy-base.lock", "toy-base"]

@@ -19,7 +19,6 @@ from support.run import (
     mesh,
     start_ranks,
     stop_signals,
-    timed,
 )
 from tests.helpers import launch
 from tests.runs import on_ranks
@@ -106,16 +105,6 @@ def test_so_can_the_ranks_of_torchrun(tmp_path):
     """Its store still has the addresses of the first group."""
     (tmp_path / "twice.py").write_text(IN_TORCHRUN)
     assert launch(2, tmp_path / "twice.py", folder=tmp_path).count("[2, 2]") == 2
-
-
-def test_a_phase_is_timed_and_said_at_a_terminal_only(capsys, monkeypatch):
-    seconds = {}
-    with mock.patch.object(time, "perf_counter", side_effect=[3.0, 5.5]), timed(seconds, "score"):
-        pass
-    assert seconds == {"seconds_score": 2.5} and capsys.readouterr().err == ""
-    monkeypatch.setattr(support.records, "on_screen", lambda: True)
-    with timed(seconds, "score"):
-        assert capsys.readouterr().err.endswith("score")
 
 
 # --------------------------------------------------------------------------------- signals

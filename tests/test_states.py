@@ -29,6 +29,7 @@ from tests.helpers import TOY, some_rollouts, tiny_model
 from tests.runs import on_ranks, same, small
 
 RUN = Path("runs/run")
+FACTS: dict = {"dropped_problems": {}}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 WRITER = dcp.FileSystemWriter
 
@@ -104,15 +105,6 @@ def test_the_learning_rate_is_that_of_the_command_and_not_that_of_the_state(save
     assert torch.allclose(moved_less, moved / 10, atol=1e-6) and moved.abs().max() > 1e-3
 
 
-def test_a_state_without_metadata_is_none_and_no_damage(saved):
-    Path("state/2/.metadata").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert Learner().states().load() == 1
-        Path("state/1/.metadata").unlink()
-        assert Learner().states().load() == 0
-
-
 def test_metadata_is_written_last(saved, monkeypatch):
     """So a state that has it is whole. torch promises it nowhere, but its version is pinned. The
     state is one that is there already, as a damaged one is."""
@@ -149,11 +141,9 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_taken(saved, damage):
 def test_if_no_state_can_be_loaded_the_error_says_what_to_do(saved):
     for step in "12":
         cut(Path("state", step, "__0_0.distcp"))
-    with pytest.warns(match="damaged"), pytest.raises(ValueError) as refused:
+    message = "every state in state is damaged: remove . to start again, or put back a copy"
+    with pytest.warns(match="damaged"), pytest.raises(ValueError, match=message):
         Learner().states().load()
-    assert "every state in state is damaged: remove . to start again, or put back a copy" in str(
-        refused.value
-    )
     assert saved_steps(Path("state")) == [2, 1], "nothing is thrown away"
 
 
@@ -225,8 +215,8 @@ def test_a_failed_save_warns_and_is_counted_and_the_second_in_a_row_ends_the_run
             save(states, 3)
         message = str(seen[0].message)
         assert message.startswith("the state could not be saved in state: rank 0: OSError: ")
-        assert "File too large (" in message and "GB are free on that disk)" in message
-        assert "The run goes on; the older states are kept." in message and "\n" not in message
+        assert "File too large. The run goes on; the older states are kept." in message
+        assert "\n" not in message
         assert states.failed == 1 and sorted(os.listdir("state")) == ["1", "2"], "nothing half done"
         save(states, 2)  # a save that works begins the count again
         assert states.failed == 0
@@ -282,7 +272,7 @@ def export(here, monkeypatch):
     model = tiny_model(len(tokenizer), num_hidden_layers=1)
     optimizer = torch.optim.AdamW(model.parameters())
     policy = SimpleNamespace(model=model, parameters=model.parameters, saved_dtype=torch.float32)
-    run = Run(small(), tokenizer, [], [], {}, policy, optimizer)
+    run = Run(small(), tokenizer, [], FACTS, policy, optimizer)
 
     def export(step):
         weights = {name: torch.full_like(w, step) for name, w in model.state_dict().items()}
@@ -310,7 +300,7 @@ def test_an_export_loads_with_the_policys_logprobs(here, tied, dtype):
     base = tiny_model(len(tokenizer), tie_word_embeddings=tied).to(dtype)
     base.save_pretrained("base")
     learner = Learner()
-    run = Run(small(), tokenizer, [], [], {}, learner.policy, learner.optimizer)
+    run = Run(small(), tokenizer, [], FACTS, learner.policy, learner.optimizer)
     with torch.no_grad():
         for weight in learner.policy.parameters():
             weight.mul_(2)  # exact in bf16
@@ -328,16 +318,6 @@ def test_an_export_loads_with_the_policys_logprobs(here, tied, dtype):
     expected = learner.policy(batch.ids, batch.response_mask)
     found = token_logprobs(saved.float(), batch.ids, batch.response_mask)
     assert torch.allclose(found, expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-5)
-
-
-def test_there_are_two_folders_in_turn_behind_a_link_that_may_move(export):
-    export(0)
-    assert not RUN.joinpath("model").exists(), "the base model is there already"
-    for step, folder in ((8, "export-1"), (16, "export-2"), (24, "export-1"), (24, "export-2")):
-        export(step)
-        assert os.readlink(RUN / "model") == folder and value_of_the_model() == step
-        assert sorted(file.name for file in RUN.glob("*export*")) == [folder]
-        assert not RUN.joinpath(".model.new").exists()
 
 
 class Crash(BaseException):
