@@ -231,7 +231,7 @@ def prepare(config: "Config") -> tuple[Any, list[Problem], list[Problem], dict]:
     check_compiler()
     tokenizer, problems, held_out, dropped = load_data(config)
     check_reward(config.reward, [part[0].row for part in (problems, held_out) if part])
-    facts = {"asked": what_is_asked(config, problems, held_out), "dropped_problems": dropped}
+    facts: dict = {"asked": what_is_asked(config, problems, held_out), "dropped_problems": dropped}
     if os.environ.get("RANK", "0") == "0":  # if it ends with an error, torchrun ends the others
         check_folder(config, facts["asked"])
         check_model(config.model, config.max_prompt_tokens + config.max_response_tokens)

@@ -24,6 +24,13 @@ def toy():
     return ROOT / drgrpo.TOY
 
 
+@pytest.fixture
+def toy_here(toy, tmp_path):
+    """A link to the toy in tmp_path, where a command of the preset looks for it."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy-base").symlink_to(toy)
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """A process group of one, in which vLLM can start."""

@@ -276,12 +276,10 @@ def test_golds_that_mean_nothing_to_the_grader_are_counted_before_the_run(toy, m
 
 
 @pytest.fixture
-def no_model(toy, monkeypatch, tmp_path):
+def no_model(toy_here, monkeypatch, tmp_path):
     """Fail where a model is built, even a tiny one. What the run makes is in tmp_path."""
     fail = mock.Mock(side_effect=AssertionError("a model was built"))
     monkeypatch.setattr(support.run, "check_model", fail)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "toy-base").symlink_to(toy)
     monkeypatch.chdir(tmp_path)
 
 

@@ -179,11 +179,9 @@ def test_the_examples_of_the_tour_run_and_show_what_it_says(toy, capsys):
 
 
 @pytest.mark.slow
-def test_the_loop_of_ones_own_in_the_tour_trains_and_saves(toy, tmp_path):
+def test_the_loop_of_ones_own_in_the_tour_trains_and_saves(toy_here, tmp_path):
     (block,) = [block for block in python_blocks("docs/tour.md") if "__main__" in block]
     (tmp_path / "mine.py").write_text(block)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "toy-base").symlink_to(toy)
     printed = launch(1, "mine.py", folder=tmp_path)
     assert re.findall(r"^(\d) [\d.]+ ", printed, re.M) == ["0", "1"]
     assert (tmp_path / "runs" / "my-model" / "model.safetensors").exists()

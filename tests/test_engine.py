@@ -458,9 +458,7 @@ drgrpo.main()
 
 
 @pytest.mark.slow
-def test_the_toy_learns_in_bf16_with_a_small_and_flat_gap(toy, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "toy-base").symlink_to(toy)
+def test_the_toy_learns_in_bf16_with_a_small_and_flat_gap(toy_here, tmp_path):
     (tmp_path / "bf16.py").write_text(IN_BF16)
     launch(1, tmp_path / "bf16.py", "toy", folder=tmp_path, steps=16, eval_every=8)
     rows = read_jsonl(tmp_path / "runs" / "toy" / "metrics.jsonl")

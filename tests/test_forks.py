@@ -319,12 +319,10 @@ runpy.run_path("drgrpo.py", run_name="__main__")
     ("transformers-sampler", 1, ("-c", WITHOUT_VLLM), {}),
     ("kl-to-base", 2, ("drgrpo.py",), {"kl_beta": 0.04}),
 ])  # fmt: skip
-def test_a_fork_makes_a_whole_run(toy, tmp_path, name, ranks, command, settings):
+def test_a_fork_makes_a_whole_run(toy_here, tmp_path, name, ranks, command, settings):
     for file in ("drgrpo.py", "templates.py"):
         shutil.copy(ROOT / file, tmp_path)
     assert apply(name, tmp_path).returncode == 0
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "toy-base").symlink_to(toy)
     small = dict(steps=2, prompts_per_step=8, responses_per_update=32, eval_dataset="None")
     launch(ranks, *command, "toy", folder=tmp_path, **small | settings)
     rows = read_jsonl(tmp_path / "runs" / "toy" / "metrics.jsonl")

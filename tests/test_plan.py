@@ -271,9 +271,7 @@ def test_no_response_ends_and_log_probs_stay_right(engine, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_command_tries_the_toy(ranks, toy, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "toy-base").symlink_to(toy.resolve())
+def test_the_command_tries_the_toy(ranks, toy_here, tmp_path):
     text = launch(ranks, ROOT / "plan.py", "toy", "--try", folder=tmp_path)
     assert "all responses have 72 tokens" in text and "it came back equal" in text
     assert not (tmp_path / "runs" / "toy-try").exists()

@@ -6,10 +6,8 @@ from tests.helpers import ROOT, launch, read_jsonl
 
 
 @pytest.mark.slow
-def test_the_toy_learns_to_work_its_problems_out(toy, tmp_path):
+def test_the_toy_learns_to_work_its_problems_out(toy_here, tmp_path):
     """A quarter of the run of `make toy`. Its numbers hold on any CPU up to rounding."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "toy-base").symlink_to(toy)
     launch(1, ROOT / "drgrpo.py", "toy", folder=tmp_path, steps=10)
     rows = read_jsonl(tmp_path / "runs" / "toy" / "metrics.jsonl")
     before, after = rows[0]["eval_accuracy"], rows[10]["eval_accuracy"]
