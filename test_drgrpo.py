@@ -640,6 +640,7 @@ def test_a_held_out_problem_gets_one_greedy_response(toy, ranks):
             assert (n, longest, temperature) == (1, TOY.max_response_tokens, 0.0)
         assert drgrpo.evaluate(sampler, grader, [], TOY) == {}
     assert {key.partition("_")[0] for key in found} == {"eval", "seconds"}
+    assert "eval_entropy" not in found, "one response each: there are no groups"
 
 
 # ------------------------------------------------------------------------------ the loop

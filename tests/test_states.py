@@ -173,6 +173,10 @@ def test_two_states_are_kept_and_what_else_lies_there_is_left_alone(saved):
     Path("state/.nfs0001").write_text("")
     save(states, 3)
     assert sorted(os.listdir("state")) == [".nfs0001", "1-copy", "2", "3"]
+    states.save(4)
+    states.save(5)  # waits for the save before it
+    assert saved_steps(Path("state"))[-2:] == [4, 3] and not Path("state/2").exists()
+    states.wait()
 
 
 def test_what_is_saved_are_the_values_of_the_moment_of_save(saved, monkeypatch):
@@ -232,9 +236,9 @@ def test_a_failed_save_warns_and_is_counted_and_the_second_in_a_row_ends_the_run
 @pytest.mark.parametrize("error", [FULL, RuntimeError("no answer"), CheckpointException("", {})])
 @pytest.mark.parametrize("place", ["write_data", "finish", "set_up_storage_writer"])
 def test_whatever_fails_in_a_save_is_a_failed_save(saved, monkeypatch, place, error):
-    """dcp raises a CheckpointException, which is no Exception."""
+    """Also in the first one. dcp raises a CheckpointException, which is no Exception."""
     assert not issubclass(CheckpointException, Exception)
-    _, states, _ = saved
+    states = saved[0].states()
     monkeypatch.setattr(WRITER, place, mock.Mock(side_effect=error))
     states.save(3)
     with pytest.warns(match="could not be saved"):
