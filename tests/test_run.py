@@ -145,6 +145,9 @@ def test_an_error_waits_for_the_save_and_does_not_finish_the_run(here, unbroken)
         sampler.generate = lambda *given: broken() if len(sampler.seeds) == 2 else works(*given)
 
     with pytest.raises(RuntimeError, match="broken"):
+        train(lambda sampler: setattr(sampler, "generate", broken))
+    assert not is_finished(small())
+    with pytest.raises(RuntimeError, match="broken"):
         train(change)
     assert saved_steps(RUN / "state") == [1] and not is_finished(small())
     train()
