@@ -311,8 +311,8 @@ def train(
 ) -> bool:
     """A whole run, or the rest of one that was stopped, from what `prepare` returned.
 
-    Returns whether all steps are made; False if a signal asked the run to stop before. What stops a
-    run by itself is an error: docs/metrics.md lists them.
+    `facts` go into config.json. Returns whether all steps are made; False if a signal asked the run
+    to stop before. What stops a run by itself is an error: docs/metrics.md lists them.
     """
     with (
         stop_signals() as asked_to_stop,

@@ -1,8 +1,8 @@
 """The reward: does a response's answer equal the right one, or what does a function of yours say.
 
-Equality is decided by sympy, which runs on text that a language model wrote. It may
-compute for ever or fill the memory, and no code inside the same process can reliably stop it. So
-`Grader` compares answers in worker processes that it can kill. A reward function of one's own
+Equality is decided by sympy, which runs on text that a language model wrote. It may compute for
+ever or fill the memory, and no code inside the same process can reliably stop it. So `Grader`
+compares answers in worker processes that it can kill. A reward function of one's own
 (`--reward FILE.py:FUNCTION`) runs there, too. A grading that is lost says nothing of the response:
 its reward is nan, and it is counted.
 """

@@ -73,6 +73,7 @@ def summarize(rollouts: list, samples_per_prompt: int) -> dict[str, float | None
         "errors": len(failures) - failures.count(TIMEOUT),
     }
     if samples_per_prompt > 1:  # else they are greedy, and nothing was drawn
+        # 0 in all of a group: its rewards are equal or unknown
         advantages = np.array([r.advantage for r in rollouts]).reshape(rewards.shape)
         metrics |= {
             # -logprob of a sampled token is an unbiased estimate of the policy's entropy, for free

@@ -95,10 +95,6 @@ import collections, itertools, mmap, os, signal, sys, time
 from support.answers import answers_match
 
 
-def worker_id(answer: str, golds: tuple) -> bool:
-    return str(os.getpid()) != answer
-
-
 def has_imported(answer: str, golds: tuple) -> bool:
     return answer in sys.modules
 
