@@ -523,14 +523,14 @@ def three_steps(model, dtype):
 THREE_STEPS = """
 import json, sys
 import torch.distributed as dist
-from support.run import start_ranks
+from support.run import end_ranks, start_ranks
 from test_drgrpo import three_steps
 
 start_ranks()
 found = {dtype: three_steps(sys.argv[1], dtype) for dtype in ("float32", "bfloat16")}
 if dist.get_rank() == 0:
     print(json.dumps(found))
-dist.destroy_process_group()
+end_ranks()
 """
 
 

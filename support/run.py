@@ -83,6 +83,7 @@ def end_ranks() -> None:
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
         cleanup_dist_env_and_memory()
+    gc.collect()  # a group that something still holds would abort the process when it ends
     if dist.is_initialized():
         dist.destroy_process_group()
 
